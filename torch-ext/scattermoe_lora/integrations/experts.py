@@ -1,0 +1,117 @@
+"""The fused forward of any transformers experts module: reads its flags, weights and activation, calls `moe_mlp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..moe_mlp import moe_mlp
+from ..types import ExpertLoRA
+
+# What transformers' @use_experts_implementation sets on every instance: by these an experts module is known.
+FLAGS = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+# transformers' activation modules by class name, and the fused activation that computes the same.
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "LinearActivation": "identity",
+}
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is an experts class of transformers, in any layout."""
+    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
+
+
+def unsupported(experts: Any) -> str | None:
+    """Why an experts module can't take the fused path, or None if it can."""
+    if experts.has_post_expert_norm:
+        return "it normalises each expert's output, which is not fused yet"
+    for name in (up_name(experts), "down_proj"):
+        weight = _stored(experts, name)
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
+            return f"its {name} is not a [E, out, in] tensor"
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            return f"its {name} is quantised ({weight.dtype})"
+    return None
+
+
+def up_name(experts: Any) -> str:
+    """The name of the first projection's parameter."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
+    """The name of the fused activation, or the module's own function where there is none of the same formula."""
+    name = ACTIVATIONS.get(type(getattr(experts, "act_fn", None)).__name__)
+    if not experts.has_gate:
+        return name or experts.act_fn
+    # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
+    if name and type(experts)._apply_gate.__name__ == "_default_apply_gate":
+        return name
+    return experts._apply_gate
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
+
+    Under PEFT's own forward, which merges LoRA into the weights by a parametrization, the factors are taken from the
+    parametrization and the merged weight is never made.
+    """
+    return fused_experts(self, hidden_states, top_k_index, top_k_weights, {})
+
+
+def fused_experts(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    loras: Mapping[str, ExpertLoRA],
+) -> Tensor:
+    """`moe_mlp` on an experts module, with the LoRA of each projection by parameter name."""
+    up = up_name(experts)
+    up_weight, up_lora = _weight_and_lora(experts, up, loras)
+    down_weight, down_lora = _weight_and_lora(experts, "down_proj", loras)
+    return moe_mlp(
+        hidden_states,
+        up_weight,
+        down_weight,
+        top_k_index,
+        top_k_weights,
+        gate_up_lora=up_lora,
+        down_lora=down_lora,
+        gate_up_proj_bias=getattr(experts, f"{up}_bias") if experts.has_bias else None,
+        down_proj_bias=experts.down_proj_bias if experts.has_bias else None,
+        is_transposed=experts.is_transposed,
+        has_gate=experts.has_gate,
+        activation=fused_activation(experts),
+        expert_parallel=experts._is_expert_parallel,
+    )
+
+
+def _stored(experts: Any, name: str) -> object:
+    """The stored tensor of a parameter, without evaluating a parametrization."""
+    if parametrize.is_parametrized(experts, name):
+        return experts.parametrizations[name].original
+    return getattr(experts, name, None)
+
+
+def _weight_and_lora(experts: Any, name: str, loras: Mapping[str, ExpertLoRA]) -> tuple[Tensor, ExpertLoRA | None]:
+    if parametrize.is_parametrized(experts, name):
+        steps = experts.parametrizations[name]
+        if name not in loras and len(steps) == 1 and type(steps[0]).__name__ == "_LoraFactorsProxy":
+            # PEFT's W + scaling * lhs @ rhs, in the layout of W.
+            lhs, rhs, scaling = steps[0].lhs, steps[0].rhs, steps[0].scaling
+            A, B = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)
+            return steps.original, ExpertLoRA(A, B, scaling)
+    return getattr(experts, name), loras.get(name)

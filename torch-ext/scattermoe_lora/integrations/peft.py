@@ -1,0 +1,68 @@
+"""The fused forward of PEFT's `ParamWrapper` around experts: adapter factors go into the kernel, nothing merges."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..types import ExpertLoRA
+from .experts import fused_experts, is_experts, unsupported, up_name
+
+
+def is_param_wrapper(module: object) -> bool:
+    """Whether a module is PEFT's wrapper of a parameter. Without PEFT imported nothing can be."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    return layer is not None and isinstance(module, layer.ParamWrapper)
+
+
+def unwrap(module: Any) -> tuple[list[Any], Any]:
+    """The nested wrappers, outermost first, and the module inside them."""
+    wrappers = []
+    while is_param_wrapper(module):
+        wrappers.append(module)
+        module = module.base_layer
+    return wrappers, module
+
+
+def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`ParamWrapper.forward` with the same result. Where it can't be fused, it is PEFT's own forward that runs."""
+    wrappers, experts = unwrap(self)
+    loras = None
+    if len(args) == 2 and not kwargs and not _has_hooks([*wrappers[1:], experts]):
+        loras = _loras(wrappers, experts)
+    if loras is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    top_k_index, top_k_weights = args
+    return fused_experts(experts, x, top_k_index, top_k_weights, loras)
+
+
+def _has_hooks(modules: list[nn.Module]) -> bool:
+    """Forward hooks (accelerate's offloading among them) run only if the module itself is called."""
+    return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
+
+
+def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:
+    """The active adapter of each wrapped parameter; None where PEFT must do it: several active, another parameter."""
+    if not is_experts(experts) or unsupported(experts):
+        return None
+    loras: dict[str, ExpertLoRA] = {}
+    for wrapper in wrappers:
+        if wrapper.parameter_name not in (up_name(experts), "down_proj") or wrapper.parameter_name in loras:
+            return None
+        if wrapper.disable_adapters and wrapper.merged:
+            return None  # PEFT's forward unmerges
+        if wrapper.disable_adapters or wrapper.merged:
+            continue
+        active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if len(active) > 1:
+            return None
+        for name in active:
+            loras[wrapper.parameter_name] = ExpertLoRA.from_peft(
+                wrapper.lora_A[name].weight,
+                wrapper.lora_B[name].weight,
+                wrapper.num_experts,
+                wrapper.scaling[name],
+            )
+    return loras

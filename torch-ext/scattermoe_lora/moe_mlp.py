@@ -1,0 +1,176 @@
+"""`moe_mlp`: a whole experts layer, LoRA included, as one differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .checks import FLOATS, INTEGERS, Arguments
+from .parallel_linear import expert_linear, flatten_sort_count
+from .reference import ACTIVATIONS
+from .types import ExpertLoRA
+
+
+def moe_mlp(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    gate_up_lora: ExpertLoRA | None = None,
+    down_lora: ExpertLoRA | None = None,
+    gate_up_proj_bias: Tensor | None = None,
+    down_proj_bias: Tensor | None = None,
+    is_transposed: bool = False,
+    is_concatenated: bool = True,
+    has_gate: bool = True,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
+    expert_parallel: bool = False,
+) -> Tensor:
+    """The experts layer: ``out[t] = sum_j w[t, j] * down_e(act(gate_up_e(x[t])))`` with ``e = top_k_index[t, j]``.
+
+    Each projection is ``W_e x + scaling * B_e (A_e x) + bias_e``. Computed in the weights' dtype with float32
+    accumulation; differentiable once with respect to every floating point argument, frozen ones cost nothing.
+
+    Args:
+        hidden_states: ``[T, H]``, bfloat16, float16 or float32 (float64 on the CPU).
+        gate_up_proj: ``[E, 2I, H]`` as transformers stores it; ``[E, H, 2I]`` if ``is_transposed``; ``I`` for ``2I``
+            without a gate. Never copied: any strides will do.
+        down_proj: ``[E, H, I]``; ``[E, I, H]`` if ``is_transposed``; the same dtype.
+        top_k_index: int32 or int64 ``[T, k]``, the experts of each token.
+        top_k_weights: floating point ``[T, k]``, the routing weight of each choice.
+        gate_up_lora: ``A [E, r, H]``, ``B [E, 2I, r]``.
+        down_lora: ``A [E, r, I]``, ``B [E, H, r]``.
+        gate_up_proj_bias: ``[E, 2I]``; down_proj_bias: ``[E, H]``, weighted like the rest of the expert's output.
+        is_concatenated: gate and up columns are ``[gate; up]``; else they alternate, gate first.
+        has_gate: False for ``act(up x)`` without a gate: ``gate_up_proj`` is then the up projection.
+        activation: one of ``identity, silu, gelu, gelu_tanh, relu, relu2``, fused; or a function from the
+            pre-activation ``[S, 2I]`` (grouped rows, the module's own column order) to ``[S, I]``, which runs between
+            two fused products and may be anything autograd knows.
+        expert_parallel: accept ids >= E, transformers' expert-parallel sentinels: no work, no output, no gradient.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or dtypes that do not go together; on the CPU also ids out of range.
+    """
+    args = Arguments("moe_mlp")
+    args.tensor("hidden_states", hidden_states, ("T", "H"), FLOATS)
+    up_shape = ("E", "H", "2I" if has_gate else "I") if is_transposed else ("E", "2I" if has_gate else "I", "H")
+    args.tensor("gate_up_proj", gate_up_proj, up_shape, FLOATS)
+    if has_gate:
+        if args.size("2I") % 2:
+            raise args.fail("gate_up_proj", "of even width 2I with a gate", f"shape {tuple(gate_up_proj.shape)}")
+        args.bind("I", args.size("2I") // 2, "gate_up_proj")
+    args.tensor("down_proj", down_proj, ("E", "I", "H") if is_transposed else ("E", "H", "I"), (gate_up_proj.dtype,))
+    args.tensor("top_k_index", top_k_index, ("T", "k"), INTEGERS)
+    args.tensor("top_k_weights", top_k_weights, ("T", "k"), FLOATS)
+    if args.size("k") == 0 or args.size("E") == 0:
+        raise args.fail("top_k_index and gate_up_proj", "of at least one choice and one expert", f"{args.sizes}")
+    if gate_up_proj_bias is not None:
+        args.tensor("gate_up_proj_bias", gate_up_proj_bias, ("E", "2I" if has_gate else "I"), FLOATS)
+    if down_proj_bias is not None:
+        args.tensor("down_proj_bias", down_proj_bias, ("E", "H"), FLOATS)
+    args.lora("gate_up_lora", gate_up_lora, "H", "2I" if has_gate else "I")
+    args.lora("down_lora", down_lora, "I", "H")
+    args.expert_ids("top_k_index", top_k_index, args.size("E"), allow_sentinels=expert_parallel)
+
+    if callable(activation):
+        return _composed(
+            hidden_states,
+            gate_up_proj if is_transposed else gate_up_proj.mT,
+            down_proj if is_transposed else down_proj.mT,
+            top_k_index,
+            top_k_weights,
+            gate_up_lora,
+            down_lora,
+            gate_up_proj_bias,
+            down_proj_bias,
+            activation,
+            args,
+        )
+    if activation not in ACTIVATIONS:
+        raise args.fail("activation", f"a function or one of {', '.join(ACTIVATIONS)}", repr(activation))
+
+    tensors = (
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        gate_up_proj_bias,
+        down_proj_bias,
+        None if gate_up_lora is None else gate_up_lora.A,
+        None if gate_up_lora is None else gate_up_lora.B,
+        None if down_lora is None else down_lora.A,
+        None if down_lora is None else down_lora.B,
+        top_k_weights,
+    )
+    flags = (
+        1.0 if gate_up_lora is None else float(gate_up_lora.scaling),
+        1.0 if down_lora is None else float(down_lora.scaling),
+        is_transposed,
+        is_concatenated,
+        has_gate,
+        activation,
+    )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _MoeMlp.apply(flags, top_k_index, *tensors)
+    return ops.moe_mlp_forward(*tensors, top_k_index, *flags, False)[0]
+
+
+class _MoeMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flags, top_k_index, *tensors):
+        out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, *flags, True)
+        ctx.save_for_backward(*tensors, top_k_index, *saved)
+        ctx.flags = flags
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        needs = list(ctx.needs_input_grad[2:])
+        grads = ops.moe_mlp_backward(dout, *ctx.saved_tensors, *ctx.flags, needs)
+        return (None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+
+
+def _composed(
+    hidden_states: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_lora: ExpertLoRA | None,
+    down_lora: ExpertLoRA | None,
+    gate_up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    args: Arguments,
+) -> Tensor:
+    """The same layer with any activation: two fused linears and the function between them."""
+    num_experts, k = w_up.shape[0], top_k_index.shape[1]
+    _, scattered_idxs, expert_offsets = flatten_sort_count(top_k_index, num_experts)
+    x = hidden_states.to(w_up.dtype)
+    h = expert_linear(
+        x, w_up, k, scattered_idxs, expert_offsets, lora=gate_up_lora, bias=gate_up_proj_bias, grouped_out=True
+    )
+    a = activation(h)
+    args.tensor("activation(h)", a, ("S", "I"), (h.dtype,))
+    out = expert_linear(
+        a,
+        w_down,
+        1,
+        scattered_idxs,
+        expert_offsets,
+        lora=down_lora,
+        bias=down_proj_bias,
+        gates=top_k_weights,
+        grouped_in=True,
+    )
+    return out.to(hidden_states.dtype)

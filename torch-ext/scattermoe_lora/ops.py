@@ -1,0 +1,467 @@
+"""The custom ops: forward and backward of the experts layer and of one expert linear, each a short walk of kernels.
+
+They compute; `moe_mlp.py` and `parallel_linear.py` check arguments and differentiate. An op returns a list because a
+schema has no optional results: a gradient that was not asked for is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+from . import backend
+from ._ops import add_op_namespace_prefix
+from .types import Routing
+
+
+def _in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter factor as the kernels read it: the base's dtype, dense (PEFT's B has its expert index fastest)."""
+    return factor.to(dtype).contiguous()
+
+
+def _lora(A: Optional[Tensor], B: Optional[Tensor], dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    if A is None or B is None:
+        return None, None
+    return _in_factor(A, dtype), _in_factor(B, dtype)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _grad_of(tensor: Optional[Tensor]) -> Tensor:
+    """A tensor to write a gradient to; it has the strides of a dense argument, so PEFT's views stay views."""
+    assert tensor is not None, "a gradient was asked for an argument that was not given"
+    return torch.empty_like(tensor)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("route"), mutates_args=())
+def route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
+    """See `reference.route`."""
+    return list(backend.of(expert_ids).route(expert_ids, num_experts))
+
+
+@route.register_fake
+def _(expert_ids, num_experts):
+    num_slots = expert_ids.shape[0]
+    return [expert_ids.new_empty(n, dtype=torch.int64) for n in (num_slots, num_slots, num_experts)]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_mlp_forward"), mutates_args=())
+def moe_mlp_forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_proj_bias: Optional[Tensor],
+    down_proj_bias: Optional[Tensor],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    top_k_weights: Tensor,
+    top_k_index: Tensor,
+    gate_up_scaling: float,
+    down_scaling: float,
+    is_transposed: bool,
+    is_concatenated: bool,
+    has_gate: bool,
+    activation: str,
+    save: bool,
+) -> List[Tensor]:
+    """``[out]``, and with ``save`` what the backward needs: ``[out, h, xa, aa, scattered_idxs, expert_offsets]``."""
+    run = backend.of(hidden_states)
+    dtype = gate_up_proj.dtype
+    num_experts, k = gate_up_proj.shape[0], top_k_index.shape[1]
+    x = hidden_states.to(dtype)
+    w_up = gate_up_proj if is_transposed else gate_up_proj.mT
+    w_down = down_proj if is_transposed else down_proj.mT
+    A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
+    A_down, B_down = _lora(down_A, down_B, dtype)
+
+    expert_ids = top_k_index.reshape(-1)
+    _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, expert_ids.numel()))
+
+    xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=k, scale=gate_up_scaling)
+    h, a = run.grouped_gemm_act(
+        x,
+        w_up,
+        routing,
+        x_fan_out=k,
+        z=xa,
+        expand=None if B_up is None else B_up.mT,
+        bias=gate_up_proj_bias,
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+        save_h=save,
+    )
+    aa = None if A_down is None else run.shrink(a, A_down.mT, routing, x_fan_out=0, scale=down_scaling)
+    y = run.grouped_gemm(
+        a,
+        w_down,
+        routing,
+        x_fan_out=0,
+        out_scattered=True,
+        z=aa,
+        expand=None if B_down is None else B_down.mT,
+        bias=down_proj_bias,
+    )
+    out = run.combine(
+        y,
+        top_k_weights.reshape(-1),
+        fan_out=k,
+        out_dtype=hidden_states.dtype,
+        expert_ids=expert_ids,
+        num_experts=num_experts,
+    )
+    if not save:
+        return [out]
+    return [out, h, _empty(x) if xa is None else xa, _empty(x) if aa is None else aa, scattered_idxs, expert_offsets]
+
+
+@moe_mlp_forward.register_fake
+def _(
+    hidden_states,
+    gate_up_proj,
+    down_proj,
+    gate_up_proj_bias,
+    down_proj_bias,
+    gate_up_A,
+    gate_up_B,
+    down_A,
+    down_B,
+    top_k_weights,
+    top_k_index,
+    gate_up_scaling,
+    down_scaling,
+    is_transposed,
+    is_concatenated,
+    has_gate,
+    activation,
+    save,
+):
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    if not save:
+        return [out]
+    num_slots = top_k_index.shape[0] * top_k_index.shape[1]
+    width = gate_up_proj.shape[2 if is_transposed else 1]
+    return [
+        out,
+        gate_up_proj.new_empty(num_slots, width),
+        gate_up_proj.new_empty(0) if gate_up_A is None else gate_up_proj.new_empty(num_slots, gate_up_A.shape[1]),
+        gate_up_proj.new_empty(0) if down_A is None else gate_up_proj.new_empty(num_slots, down_A.shape[1]),
+        top_k_index.new_empty(num_slots, dtype=torch.int64),
+        top_k_index.new_empty(gate_up_proj.shape[0], dtype=torch.int64),
+    ]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_mlp_backward"), mutates_args=())
+def moe_mlp_backward(
+    dout: Tensor,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_proj_bias: Optional[Tensor],
+    down_proj_bias: Optional[Tensor],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    top_k_weights: Tensor,
+    top_k_index: Tensor,
+    h: Tensor,
+    xa: Tensor,
+    aa: Tensor,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    gate_up_scaling: float,
+    down_scaling: float,
+    is_transposed: bool,
+    is_concatenated: bool,
+    has_gate: bool,
+    activation: str,
+    needs: List[bool],
+) -> List[Tensor]:
+    """Gradients of the first ten tensor arguments of `moe_mlp_forward`, in their order, where ``needs`` says so."""
+    run = backend.of(dout)
+    dtype = gate_up_proj.dtype
+    num_experts, k = gate_up_proj.shape[0], top_k_index.shape[1]
+    x, dout = hidden_states.to(dtype), dout.to(dtype)
+    w_up = gate_up_proj if is_transposed else gate_up_proj.mT
+    w_down = down_proj if is_transposed else down_proj.mT
+    A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
+    A_down, B_down = _lora(down_A, down_B, dtype)
+    expert_ids, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, expert_ids.numel()))
+
+    need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
+    need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
+    need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
+    need_a = need_down or need_down_A
+    grads = [_empty(x) for _ in needs]
+
+    # Down projection and activation: y is never needed, and a is made again from h.
+    u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=k, scale=down_scaling)
+    if need_dh or need_a or need_weights:
+        dh, a, dot = run.grouped_gemm_act_grad(
+            dout,
+            w_down.mT,
+            routing,
+            dout_fan_out=k,
+            z=u_down,
+            expand=A_down,
+            h=h,
+            h_fan_out=0,
+            row_weights=weights,
+            activation=activation,
+            has_gate=has_gate,
+            is_concatenated=is_concatenated,
+            save_a=need_a,
+            need_dot=need_weights,
+        )
+    if need_weights:
+        if down_proj_bias is not None:
+            dot = dot + _bias_dot(run, dout, down_proj_bias, routing, k)
+        grads[9] = dot.to(top_k_weights.dtype).view(top_k_weights.shape)
+    if need_down:
+        grads[2] = torch.empty_like(down_proj)
+        dw = grads[2] if is_transposed else grads[2].mT
+        run.gram(a, dout, routing, dw, left_fan_out=0, right_fan_out=k, row_weights=weights)
+    if need_down_bias:
+        grads[4] = _grad_of(down_proj_bias)
+        run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=k, row_weights=weights)
+    if need_down_A:
+        grads[7] = _grad_of(down_A)
+        run.gram(a, u_down, routing, grads[7].mT, left_fan_out=0, row_weights=weights)
+    if need_down_B:
+        grads[8] = _grad_of(down_B)
+        run.gram(dout, aa, routing, grads[8], left_fan_out=k, row_weights=weights)
+    if not need_dh:
+        return grads
+    a = None  # its memory is free for dX
+
+    # Gate and up projection.
+    u_up = None
+    if B_up is not None and (need_x or need_up_A):
+        u_up = run.shrink(dh, B_up, routing, x_fan_out=0, scale=gate_up_scaling)
+    if need_up:
+        grads[1] = torch.empty_like(gate_up_proj)
+        dw = grads[1] if is_transposed else grads[1].mT
+        run.gram(x, dh, routing, dw, left_fan_out=k)
+    if need_up_bias:
+        grads[3] = _grad_of(gate_up_proj_bias)
+        run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
+    if need_up_A:
+        grads[5] = _grad_of(gate_up_A)
+        run.gram(x, u_up, routing, grads[5].mT, left_fan_out=k)
+    if need_up_B:
+        grads[6] = _grad_of(gate_up_B)
+        run.gram(dh, xa, routing, grads[6], left_fan_out=0)
+    if need_x:
+        dx = run.grouped_gemm(dh, w_up.mT, routing, x_fan_out=0, out_scattered=True, z=u_up, expand=A_up)
+        grads[0] = run.combine(
+            dx, None, fan_out=k, out_dtype=hidden_states.dtype, expert_ids=expert_ids, num_experts=num_experts
+        )
+    return grads
+
+
+def _bias_dot(run, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
+    """``<dout, bias[e]>`` of each slot, scattered: what the bias adds to the gradient of a routing weight."""
+    bias = bias.to(dout.dtype)[:, :, None]
+    return run.shrink(dout, bias, routing, x_fan_out=fan_out, scale=1.0, out_scattered=True)[:, 0]
+
+
+def _fake_grads(inputs, needs):
+    first = inputs[0]
+    return [
+        torch.empty_like(t) if need and t is not None else first.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+
+
+@moe_mlp_backward.register_fake
+def _(
+    dout,
+    hidden_states,
+    gate_up_proj,
+    down_proj,
+    gate_up_proj_bias,
+    down_proj_bias,
+    gate_up_A,
+    gate_up_B,
+    down_A,
+    down_B,
+    top_k_weights,
+    top_k_index,
+    h,
+    xa,
+    aa,
+    scattered_idxs,
+    expert_offsets,
+    gate_up_scaling,
+    down_scaling,
+    is_transposed,
+    is_concatenated,
+    has_gate,
+    activation,
+    needs,
+):
+    inputs = [
+        hidden_states.contiguous(),
+        gate_up_proj,
+        down_proj,
+        gate_up_proj_bias,
+        down_proj_bias,
+        gate_up_A,
+        gate_up_B,
+        down_A,
+        down_B,
+        top_k_weights.contiguous(),
+    ]
+    return _fake_grads(inputs, needs)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("parallel_linear_forward"), mutates_args=())
+def parallel_linear_forward(
+    inputs: Tensor,
+    expert_weights: Tensor,
+    expert_biases: Optional[Tensor],
+    A: Optional[Tensor],
+    B: Optional[Tensor],
+    gates: Optional[Tensor],
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    k: int,
+    scaling: float,
+    grouped_in: bool,
+    grouped_out: bool,
+) -> List[Tensor]:
+    """``[out, xa]``; ``xa`` is what the backward needs, empty without LoRA."""
+    run = backend.of(inputs)
+    dtype = expert_weights.dtype
+    x = inputs.to(dtype)
+    x_fan_out = 0 if grouped_in else k
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
+    A, B = _lora(A, B, dtype)
+    xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
+    out = run.grouped_gemm(
+        x,
+        expert_weights,
+        routing,
+        x_fan_out=x_fan_out,
+        out_scattered=not grouped_out,
+        z=xa,
+        expand=None if B is None else B.mT,
+        bias=expert_biases,
+        out_dtype=inputs.dtype if gates is None else dtype,
+        zero_tail=True,
+    )
+    if gates is not None:
+        out = run.combine(out, gates.reshape(-1), fan_out=gates.shape[1], out_dtype=inputs.dtype)
+    return [out, _empty(x) if xa is None else xa]
+
+
+@parallel_linear_forward.register_fake
+def _(inputs, expert_weights, expert_biases, A, B, gates, scattered_idxs, expert_offsets, k, scaling, *flags):
+    num_slots = scattered_idxs.shape[0]
+    rows = num_slots if gates is None else gates.shape[0]
+    out = inputs.new_empty(rows, expert_weights.shape[2])
+    return [out, expert_weights.new_empty(0) if A is None else expert_weights.new_empty(num_slots, A.shape[1])]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("parallel_linear_backward"), mutates_args=())
+def parallel_linear_backward(
+    dout: Tensor,
+    inputs: Tensor,
+    expert_weights: Tensor,
+    expert_biases: Optional[Tensor],
+    A: Optional[Tensor],
+    B: Optional[Tensor],
+    gates: Optional[Tensor],
+    xa: Tensor,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    k: int,
+    scaling: float,
+    grouped_in: bool,
+    grouped_out: bool,
+    needs: List[bool],
+) -> List[Tensor]:
+    """Gradients of the first six tensor arguments of `parallel_linear_forward`, where ``needs`` says so."""
+    run = backend.of(dout)
+    dtype = expert_weights.dtype
+    x, dout = inputs.to(dtype), dout.to(dtype)
+    x_fan_out = 0 if grouped_in else k
+    if gates is not None:
+        dout_fan_out, row_weights = gates.shape[1], gates.reshape(-1)
+    else:
+        dout_fan_out, row_weights = 0 if grouped_out else 1, None
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
+    A_in, B_in = _lora(A, B, dtype)
+    need_x, need_w, need_bias, need_A, need_B, need_gates = needs
+    grads = [_empty(x) for _ in needs]
+
+    u = None
+    if B_in is not None and (need_x or need_A or need_gates):
+        u = run.shrink(dout, B_in, routing, x_fan_out=dout_fan_out, scale=scaling)
+    if need_x or need_gates:
+        if row_weights is None:
+            dx = run.grouped_gemm(
+                dout,
+                expert_weights.mT,
+                routing,
+                x_fan_out=dout_fan_out,
+                out_scattered=not grouped_in,
+                z=u,
+                expand=A_in,
+                zero_tail=True,
+            )
+        else:
+            dx, _, dot = run.grouped_gemm_act_grad(
+                dout,
+                expert_weights.mT,
+                routing,
+                dout_fan_out=dout_fan_out,
+                z=u,
+                expand=A_in,
+                h=x,
+                h_fan_out=x_fan_out,
+                row_weights=row_weights,
+                activation="identity",
+                has_gate=False,
+                is_concatenated=True,
+                need_dot=need_gates,
+                out_scattered=not grouped_in,
+                zero_tail=True,
+            )
+            if gates is not None and need_gates:
+                if expert_biases is not None:
+                    dot = dot + _bias_dot(run, dout, expert_biases, routing, dout_fan_out)
+                grads[5] = dot.to(gates.dtype).view(gates.shape)
+        if need_x:
+            if x_fan_out > 1:
+                dx = run.combine(dx, None, fan_out=k, out_dtype=inputs.dtype)
+            grads[0] = dx.to(inputs.dtype)
+    if need_w:
+        grads[1] = torch.empty_like(expert_weights)
+        fan_outs = {"left_fan_out": x_fan_out, "right_fan_out": dout_fan_out}
+        run.gram(x, dout, routing, grads[1], row_weights=row_weights, **fan_outs)
+    if need_bias:
+        grads[2] = _grad_of(expert_biases)
+        run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=row_weights)
+    if need_A:
+        grads[3] = _grad_of(A)
+        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=row_weights)
+    if need_B:
+        grads[4] = _grad_of(B)
+        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=row_weights)
+    return grads
+
+
+@parallel_linear_backward.register_fake
+def _(dout, inputs, expert_weights, expert_biases, A, B, gates, xa, *rest):
+    contiguous_gates = None if gates is None else gates.contiguous()
+    return _fake_grads([inputs.contiguous(), expert_weights, expert_biases, A, B, contiguous_gates], rest[-1])

@@ -1,0 +1,205 @@
+"""One linear of an expert stack, differentiable: ScatterMoE's and ScatterMoE-LoRA's functions, same arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .checks import FLOATS, INTEGERS, Arguments
+from .types import ExpertLoRA
+
+
+def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the slots of a batch by expert.
+
+    Args:
+        expert_idxs: int32 or int64 ``[T, k]`` (or any shape): the experts of each token. Ids outside
+            ``[0, num_experts)`` are sorted last and belong to no expert.
+        num_experts: ``E``.
+
+    Returns:
+        ``(sorted_expert_idxs [S], sorted_scattered_idxs [S], expert_offsets [E])``, int64, ``S = T * k``: the expert
+        and the slot of each grouped row, and the row after each expert's last (cumulative counts). The sort is stable.
+
+    Raises:
+        TypeError: ``expert_idxs`` is not an integer tensor, or ``num_experts`` not an int.
+        ValueError: ``num_experts`` is less than 1.
+    """
+    if not isinstance(expert_idxs, Tensor) or expert_idxs.dtype not in INTEGERS:
+        got = expert_idxs.dtype if isinstance(expert_idxs, Tensor) else type(expert_idxs).__name__
+        raise TypeError(f"flatten_sort_count: expert_idxs must be an int32 or int64 tensor, got {got}")
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        raise TypeError(f"flatten_sort_count: num_experts must be an int, got {type(num_experts).__name__}")
+    if num_experts < 1:
+        raise ValueError(f"flatten_sort_count: num_experts must be at least 1, got {num_experts}")
+    sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ops.route(expert_idxs.reshape(-1), num_experts)
+    return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
+
+
+def parallel_linear(
+    inputs: Tensor,
+    expert_weights: Tensor,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+) -> Tensor:
+    """``y = x @ W[e] + bias[e]`` for every slot, each row by its own expert (ScatterMoE, arXiv 2403.08245).
+
+    Args:
+        inputs: ``[S / k, in]`` in token order, or ``[S, in]`` in grouped order if ``grouped_in``.
+        expert_weights: ``[E, in, out]``, any strides; trainable or frozen.
+        k: how many slots share a row of ``inputs``; 1 for inputs that have a row a slot.
+        sorted_expert_idxs, sorted_scattered_idxs, expert_offsets: from `flatten_sort_count`.
+        expert_biases: ``[E, out]``.
+        gates: ``[T, k']`` with ``T * k' = S``: weights that sum a token's slots, ``out[t] = sum_j gates[t, j] * y``.
+        grouped_out: leave the rows in grouped order; not with ``gates``.
+
+    Returns:
+        ``[T, out]`` with ``gates``, else ``[S, out]``, in the inputs' dtype. Rows of no expert are zeros.
+
+    Raises:
+        TypeError, ValueError: as for `moe_mlp`.
+    """
+    args = Arguments("parallel_linear")
+    _check(args, inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, grouped_in)
+    _check_rest(args, expert_biases, gates, grouped_out)
+    return expert_linear(
+        inputs,
+        expert_weights,
+        k,
+        sorted_scattered_idxs,
+        expert_offsets,
+        bias=expert_biases,
+        gates=gates,
+        grouped_in=grouped_in,
+        grouped_out=grouped_out,
+    )
+
+
+def parallel_linear_lora(
+    inputs: Tensor,
+    expert_weights: Tensor,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+) -> Tensor:
+    """`parallel_linear` with ``+ scaling * B_e (A_e x)``, fused forward and backward.
+
+    Args:
+        lora_A: ``[E * r, in]``, expert-major; lora_B: ``[out, E * r]``, expert-major. Both or neither. For PEFT's
+            layout use `ExpertLoRA.from_peft` and `moe_mlp`.
+        scaling: multiplies the update; ``0.0`` means none of it.
+
+    The other arguments, the result and the errors are those of `parallel_linear`.
+    """
+    args = Arguments("parallel_linear_lora")
+    _check(args, inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, grouped_in)
+    _check_rest(args, expert_biases, gates, grouped_out)
+    lora = None
+    if lora_A is not None and lora_B is not None:
+        lora = ExpertLoRA.from_expert_major(lora_A, lora_B, args.size("E"), scaling)
+        args.lora("lora", lora, "in", "out")
+    elif lora_A is not None or lora_B is not None:
+        raise ValueError("parallel_linear_lora: lora_A and lora_B must be given both or neither")
+    return expert_linear(
+        inputs,
+        expert_weights,
+        k,
+        sorted_scattered_idxs,
+        expert_offsets,
+        lora=lora,
+        bias=expert_biases,
+        gates=gates,
+        grouped_in=grouped_in,
+        grouped_out=grouped_out,
+    )
+
+
+def expert_linear(
+    inputs: Tensor,
+    expert_weights: Tensor,
+    k: int,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    *,
+    lora: ExpertLoRA | None = None,
+    bias: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+) -> Tensor:
+    """The differentiable function behind both; arguments are taken as checked."""
+    A, B, scaling = (None, None, 1.0) if lora is None else (lora.A, lora.B, float(lora.scaling))
+    tensors = (inputs, expert_weights, bias, A, B, gates)
+    routing = (scattered_idxs, expert_offsets)
+    flags = (k, scaling, grouped_in, grouped_out)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ExpertLinear.apply(flags, routing, *tensors)
+    return ops.parallel_linear_forward(*tensors, *routing, *flags)[0]
+
+
+class _ExpertLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flags, routing, *tensors):
+        out, xa = ops.parallel_linear_forward(*tensors, *routing, *flags)
+        ctx.save_for_backward(*tensors, xa, *routing)
+        ctx.flags = flags
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        needs = list(ctx.needs_input_grad[2:])
+        grads = ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs)
+        return (None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+
+
+def _check(
+    args: Arguments,
+    inputs: Tensor,
+    expert_weights: Tensor,
+    k: int,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    grouped_in: bool,
+) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"{args.function}: k must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise args.fail("k", "at least 1", k)
+    args.tensor("inputs", inputs, ("rows", "in"), FLOATS)
+    args.tensor("expert_weights", expert_weights, ("E", "in", "out"), FLOATS)
+    args.tensor("sorted_scattered_idxs", sorted_scattered_idxs, ("S",), INTEGERS)
+    args.tensor("sorted_expert_idxs", sorted_expert_idxs, ("S",), INTEGERS)
+    args.tensor("expert_offsets", expert_offsets, ("E",), INTEGERS)
+    fan_out = 1 if grouped_in else k
+    if args.size("rows") * fan_out != args.size("S"):
+        got = f"{args.size('rows')} rows for k = {k} and S = {args.size('S')}"
+        raise args.fail("inputs", "[S, in] if grouped_in else [S / k, in]", got)
+
+
+def _check_rest(args: Arguments, expert_biases: Tensor | None, gates: Tensor | None, grouped_out: bool) -> None:
+    if expert_biases is not None:
+        args.tensor("expert_biases", expert_biases, ("E", "out"), FLOATS)
+    if gates is not None:
+        args.tensor("gates", gates, ("T", "choices"), FLOATS)
+        if args.size("T") * args.size("choices") != args.size("S"):
+            raise args.fail("gates", f"[T, k] with T * k = S = {args.size('S')}", f"shape {tuple(gates.shape)}")
+        if grouped_out:
+            raise args.fail("grouped_out", "False with gates, which sum rows in token order", True)

@@ -1,0 +1,412 @@
+"""The whole computation in plain PyTorch: the oracle of the tests, the CPU backend, and what to read first.
+
+The first half is the definition: `moe_mlp` and `parallel_linear` as one would write them on a blackboard, a loop over
+the experts with merged LoRA weights, differentiable by autograd. In float64 it is what every other path is judged by.
+
+The second half is the CPU backend: the five kernels of `triton_kernels/` with the same names, arguments and results,
+each a loop over experts of dense matrix products. The operands of one call share one dtype. Rows of no expert come
+back as zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import ExpertLoRA, Routing
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definition
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def moe_mlp(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    gate_up_lora: ExpertLoRA | None = None,
+    down_lora: ExpertLoRA | None = None,
+    gate_up_proj_bias: Tensor | None = None,
+    down_proj_bias: Tensor | None = None,
+    is_transposed: bool = False,
+    is_concatenated: bool = True,
+    has_gate: bool = True,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
+) -> Tensor:
+    """The experts layer by definition; arguments as in the package's `moe_mlp`. Returns ``[T, H]``."""
+    if not is_transposed:
+        gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+    gate_up_proj = merge_lora(gate_up_proj, gate_up_lora)
+    down_proj = merge_lora(down_proj, down_lora)
+    out = torch.zeros_like(hidden_states)
+    for e in range(gate_up_proj.shape[0]):
+        token, choice = torch.where(top_k_index == e)
+        h = hidden_states[token] @ gate_up_proj[e]
+        if gate_up_proj_bias is not None:
+            h = h + gate_up_proj_bias[e]
+        a = activation(h) if callable(activation) else activate(h, activation, has_gate, is_concatenated)
+        y = a @ down_proj[e]
+        if down_proj_bias is not None:
+            y = y + down_proj_bias[e]
+        out = out.index_add(0, token, y * top_k_weights[token, choice, None])
+    return out
+
+
+def parallel_linear(
+    inputs: Tensor,
+    expert_weights: Tensor,
+    expert_idxs: Tensor,
+    *,
+    lora: ExpertLoRA | None = None,
+    expert_biases: Tensor | None = None,
+) -> Tensor:
+    """``y[s] = inputs[s] @ W[expert_idxs[s]] + bias``: ``inputs [S, in]``, ``W [E, in, out]`` to ``[S, out]``."""
+    weights = merge_lora(expert_weights, lora)
+    out = inputs.new_zeros(inputs.shape[0], weights.shape[2])
+    for e in range(weights.shape[0]):
+        rows = torch.where(expert_idxs == e)[0]
+        y = inputs[rows] @ weights[e]
+        if expert_biases is not None:
+            y = y + expert_biases[e]
+        out = out.index_add(0, rows, y)
+    return out
+
+
+def merge_lora(weight: Tensor, lora: ExpertLoRA | None) -> Tensor:
+    """``W + scaling * (B A)^T`` for ``weight [E, in, out]``: what PEFT's merge makes."""
+    if lora is None:
+        return weight
+    return weight + lora.scaling * torch.einsum("eor,eri->eio", lora.B.to(weight.dtype), lora.A.to(weight.dtype))
+
+
+def split_gate_up(h: Tensor, is_concatenated: bool) -> tuple[Tensor, Tensor]:
+    """The gate and up halves of ``h [S, 2I]``: ``[gate; up]`` if concatenated, else ``[g0, u0, g1, u1, ...]``."""
+    if is_concatenated:
+        gate, up = h.chunk(2, dim=-1)
+        return gate, up
+    return h[..., 0::2], h[..., 1::2]
+
+
+def activate(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """``act(gate) * up`` of ``h [S, 2I]``, or ``act(h)`` of ``h [S, I]`` for experts without a gate."""
+    act = ACTIVATIONS[activation][0]
+    if not has_gate:
+        return act(h)
+    gate, up = split_gate_up(h, is_concatenated)
+    return act(gate) * up
+
+
+def _silu_grad(x: Tensor) -> Tensor:
+    sig = torch.sigmoid(x)
+    return sig * (1 + x * (1 - sig))
+
+
+def _gelu_grad(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_grad(x: Tensor) -> Tensor:
+    c = math.sqrt(2 / math.pi)
+    t = torch.tanh(c * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "identity": (lambda x: x, torch.ones_like),
+    "silu": (F.silu, _silu_grad),
+    "gelu": (F.gelu, _gelu_grad),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_grad),
+    "relu": (F.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu2": (lambda x: F.relu(x) ** 2, lambda x: 2 * F.relu(x)),
+}
+"""Each activation by name, and its derivative."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts slots by expert, stably; ids outside ``[0, num_experts)`` go last, as ``num_experts``.
+
+    Args:
+        expert_ids: int ``[S]``, the expert of each slot.
+        num_experts: ``E``.
+
+    Returns:
+        ``(sorted_expert_idxs [S], sorted_scattered_idxs [S], expert_offsets [E])``, int64; offsets are cumulative.
+    """
+    ids = expert_ids.to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    sorted_expert_idxs, sorted_scattered_idxs = torch.sort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=num_experts + 1)
+    return sorted_expert_idxs, sorted_scattered_idxs, counts[:num_experts].cumsum(0)
+
+
+def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
+    """The CPU backend walks the offsets themselves: an empty int32 ``[0, 2]``."""
+    return torch.empty(0, 2, dtype=torch.int32, device=expert_offsets.device)
+
+
+def shrink(
+    x: Tensor,
+    factor: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    scale: float,
+    out_scattered: bool = False,
+) -> Tensor:
+    """``z[row] = scale * x[row'] @ factor[e]``: a product into the LoRA rank.
+
+    Args:
+        x: ``[rows, K]``.
+        factor: ``[E, K, r]``, any strides.
+        x_fan_out: how a grouped row finds its row of ``x``: 0, the same row; ``f`` > 0, row ``slot // f``.
+        scale: multiplies the result.
+        out_scattered: put the results in scattered instead of grouped order.
+
+    Returns:
+        ``[S, r]`` in ``factor``'s dtype, accumulated in float32.
+    """
+    out = factor.new_zeros(routing.num_slots, factor.shape[2])
+    for e, rows in _groups(routing):
+        z = scale * _matmul(_take(x, routing, rows, x_fan_out), factor[e])
+        _put(out, routing, rows, out_scattered, z)
+    return out
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    out_scattered: bool = False,
+    z: Tensor | None = None,
+    expand: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    zero_tail: bool = False,
+) -> Tensor:
+    """``y[row] = x[row'] @ weight[e] + z[row] @ expand[e] + bias[e]``.
+
+    Args:
+        x: ``[rows, K]``, addressed as in `shrink`.
+        weight: ``[E, K, N]``, any strides.
+        z: ``[S, r]`` grouped, with ``expand [E, r, N]``: the LoRA update, one more step of the same accumulator.
+        bias: ``[E, N]``.
+        out_scattered: put the results in scattered instead of grouped order.
+        out_dtype: of the result; the weight's if None.
+        out: ``[S, N]``, written instead of a new tensor.
+        zero_tail: write zeros to the rows of no expert; without it they are left as they are (here: always zeros).
+
+    Returns:
+        ``[S, N]``.
+    """
+    if out is None:
+        out = weight.new_zeros(routing.num_slots, weight.shape[2], dtype=out_dtype)
+    elif zero_tail:
+        out.zero_()
+    for e, rows in _groups(routing):
+        acc = _gemm_rows(x, weight, routing, e, rows, x_fan_out, z, expand, bias)
+        _put(out, routing, rows, out_scattered, acc)
+    return out
+
+
+def grouped_gemm_act(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    z: Tensor | None = None,
+    expand: Tensor | None = None,
+    bias: Tensor | None = None,
+    save_h: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """`grouped_gemm` and the activation: ``(h [S, 2I] or None unless save_h, a [S, I])``, grouped order."""
+    width = weight.shape[2] // 2 if has_gate else weight.shape[2]
+    h = weight.new_zeros(routing.num_slots, weight.shape[2]) if save_h else None
+    a = weight.new_zeros(routing.num_slots, width)
+    for e, rows in _groups(routing):
+        acc = _gemm_rows(x, weight, routing, e, rows, x_fan_out, z, expand, bias)
+        if h is not None:
+            h[rows] = acc.to(h.dtype)
+        a[rows] = activate(acc, activation, has_gate, is_concatenated).to(a.dtype)
+    return h, a
+
+
+def grouped_gemm_act_grad(
+    dout: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    dout_fan_out: int,
+    h: Tensor,
+    h_fan_out: int,
+    row_weights: Tensor,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    z: Tensor | None = None,
+    expand: Tensor | None = None,
+    save_a: bool = False,
+    need_dot: bool = True,
+    out_scattered: bool = False,
+    zero_tail: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The backward of "activate, multiply by a matrix, weight": one GEMM, its epilogue the activation's gradient.
+
+    With ``g[row] = dout[row'] @ weight[e] + z[row] @ expand[e]`` and ``a = act(h)``: ``dh = row_weight * g * act'(h)``
+    and ``dot = <a, g>``, which is the gradient of the row's routing weight (so the forward's output is not needed).
+
+    Args:
+        dout: ``[rows, K]``, addressed by ``dout_fan_out`` as in `shrink`.
+        weight: ``[E, K, I]``.
+        h: the saved pre-activation, ``[rows, 2I]`` or ``[rows, I]`` without a gate, addressed by ``h_fan_out``.
+        row_weights: ``[S]`` in scattered order.
+        save_a: also return ``a [S, I]``, grouped.
+        need_dot: also return ``dot [S]``, scattered, float32.
+        out_scattered: put ``dh`` in scattered instead of grouped order.
+        zero_tail: write zeros to the rows of ``dh`` of no expert (only without a gate).
+
+    Returns:
+        ``(dh [S, 2I or I], a or None, dot or None)``; ``dh`` and ``a`` in the weight's dtype.
+    """
+    num_slots = routing.num_slots
+    dh = weight.new_zeros(num_slots, h.shape[1])
+    a_out = weight.new_zeros(num_slots, weight.shape[2]) if save_a else None
+    dot = torch.zeros(num_slots, dtype=_acc_dtype(weight.dtype), device=weight.device) if need_dot else None
+    act, act_grad = ACTIVATIONS[activation]
+    for e, rows in _groups(routing):
+        slots = routing.scattered_idxs[rows]
+        g = _gemm_rows(dout, weight, routing, e, rows, dout_fan_out, z, expand, None)
+        hr = _take(h, routing, rows, h_fan_out).to(g.dtype)
+        w = row_weights[slots, None].to(g.dtype)
+        if has_gate:
+            gate, up = split_gate_up(hr, is_concatenated)
+            a = act(gate) * up
+            halves = (w * g * up * act_grad(gate), w * g * act(gate))
+            dhr = torch.cat(halves, -1) if is_concatenated else torch.stack(halves, -1).flatten(-2)
+        else:
+            a = act(hr)
+            dhr = w * g * act_grad(hr)
+        _put(dh, routing, rows, out_scattered, dhr)
+        if a_out is not None:
+            a_out[rows] = a.to(a_out.dtype)
+        if dot is not None:
+            dot[slots] = (a * g).sum(-1)
+    return dh, a_out, dot
+
+
+def gram(
+    left: Tensor,
+    right: Tensor | None,
+    routing: Routing,
+    out: Tensor,
+    *,
+    left_fan_out: int,
+    right_fan_out: int = 0,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """``out[e] = sum over e's rows of row_weight * outer(left[row'], right[row''])``; experts without rows get zeros.
+
+    Args:
+        left: ``[rows, P]``; right: ``[rows, Q]``, or None for a column of ones (``Q = 1``); addressed as in `shrink`.
+        out: ``[E, P, Q]``, any strides and dtype; written whole. Accumulated in float32.
+        row_weights: ``[S]`` in scattered order, or None for ones.
+    """
+    out.zero_()
+    for e, rows in _groups(routing):
+        lr = _take(left, routing, rows, left_fan_out)
+        rr = lr.new_ones(lr.shape[0], 1) if right is None else _take(right, routing, rows, right_fan_out)
+        if row_weights is not None:
+            rr = rr * row_weights[routing.scattered_idxs[rows], None].to(_acc_dtype(rr.dtype))
+        out[e] = _matmul(lr.mT, rr).to(out.dtype)
+    return out
+
+
+def combine(
+    y: Tensor,
+    weights: Tensor | None,
+    *,
+    fan_out: int,
+    out_dtype: torch.dtype,
+    expert_ids: Tensor | None = None,
+    num_experts: int = 0,
+) -> Tensor:
+    """``out[t] = sum_j weights[t * f + j] * y[t * f + j]`` with ``f = fan_out``, accumulated in float32.
+
+    Args:
+        y: ``[S, N]`` in scattered order.
+        weights: ``[S]`` or None for ones.
+        expert_ids: ``[S]``; slots whose id is outside ``[0, num_experts)`` are not read. None reads all.
+
+    Returns:
+        ``[S // f, N]``.
+    """
+    terms = y.to(_acc_dtype(y.dtype))
+    if expert_ids is not None:
+        terms = torch.where(((expert_ids >= 0) & (expert_ids < num_experts))[:, None], terms, 0.0)
+    if weights is not None:
+        terms = terms * weights[:, None].to(terms.dtype)
+    return terms.view(-1, fan_out, y.shape[1]).sum(1).to(out_dtype)
+
+
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """A product in the accumulation dtype, as on the GPU: a half precision one is rounded before the epilogue."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(_acc_dtype(a.dtype)) @ b.to(_acc_dtype(b.dtype))
+
+
+def _groups(routing: Routing) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for e, end in enumerate(routing.expert_offsets.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
+
+
+def _take(x: Tensor, routing: Routing, rows: slice, fan_out: int) -> Tensor:
+    return x[rows] if fan_out == 0 else x[routing.scattered_idxs[rows] // fan_out]
+
+
+def _put(out: Tensor, routing: Routing, rows: slice, scattered: bool, values: Tensor) -> None:
+    out[routing.scattered_idxs[rows] if scattered else rows] = values.to(out.dtype)
+
+
+def _gemm_rows(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    e: int,
+    rows: slice,
+    x_fan_out: int,
+    z: Tensor | None,
+    expand: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """One expert's rows of `grouped_gemm`, in the accumulation dtype."""
+    acc = _matmul(_take(x, routing, rows, x_fan_out), weight[e])
+    if z is not None and expand is not None:
+        acc += _matmul(z[rows], expand[e])
+    if bias is not None:
+        acc += bias[e].to(acc.dtype)
+    return acc

@@ -1,0 +1,45 @@
+"""The activations as device functions, and their derivatives; the same formulas as `reference.ACTIVATIONS`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def act(x, NAME: tl.constexpr):
+    """``act(x)`` of a float32 tile."""
+    if NAME == "silu":
+        y = x * tl.sigmoid(x)
+    elif NAME == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        # tanh(u) = 2 sigmoid(2u) - 1, so gelu_tanh(x) = x * sigmoid(2u)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == "relu":
+        y = tl.where(x <= 0, 0.0, x)  # NaN stays NaN
+    elif NAME == "relu2":
+        y = tl.where(x <= 0, 0.0, x * x)
+    else:
+        tl.static_assert(NAME == "identity", "unknown activation")
+        y = x
+    return y
+
+
+@triton.jit
+def act_grad(x, NAME: tl.constexpr):
+    """``act'(x)`` of a float32 tile."""
+    if NAME == "silu":
+        s = tl.sigmoid(x)
+        y = s * (1.0 + x * (1.0 - s))
+    elif NAME == "gelu":
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif NAME == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif NAME == "relu":
+        y = tl.where(x > 0, 1.0, 0.0)
+    elif NAME == "relu2":
+        y = tl.where(x > 0, 2.0 * x, 0.0)
+    else:
+        tl.static_assert(NAME == "identity", "unknown activation")
+        y = tl.full(x.shape, 1.0, tl.float32)
+    return y

@@ -1,0 +1,75 @@
+"""Combine: the gather-reduce ``out[t] = sum_j w[t, j] * y[t, j]`` of a token's slots, in float32, without atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from .device import on_device
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr,
+    weights_ptr,
+    ids_ptr,
+    out_ptr,
+    N,
+    num_experts,
+    FAN_OUT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = n < N
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for j in range(FAN_OUT):
+        slot = t * FAN_OUT + j
+        valid = mask
+        if HAS_IDS:
+            expert = tl.load(ids_ptr + slot)
+            valid = n < tl.where((expert >= 0) & (expert < num_experts), N, 0)
+        y = tl.load(y_ptr + slot * N + n, mask=valid, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            # Not y * weight where the slot is not valid: 0 * Inf would be NaN.
+            weight = tl.load(weights_ptr + slot).to(tl.float32)
+            y = tl.where(valid, y * weight, 0.0)
+        acc += y
+    tl.store(out_ptr + t * N + n, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def combine(
+    y: Tensor,
+    weights: Tensor | None,
+    *,
+    fan_out: int,
+    out_dtype: torch.dtype,
+    expert_ids: Tensor | None = None,
+    num_experts: int = 0,
+) -> Tensor:
+    """See `reference.combine`. ``y`` must be contiguous."""
+    num_tokens, N = y.shape[0] // fan_out, y.shape[1]
+    out = y.new_empty(num_tokens, N, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    block_n = min(1024, tiles.next_power_of_2(N))
+    with on_device(y):
+        _combine_kernel[(num_tokens, triton.cdiv(N, block_n))](
+            y,
+            weights,
+            expert_ids,
+            out,
+            N,
+            num_experts,
+            FAN_OUT=fan_out,
+            HAS_WEIGHTS=weights is not None,
+            HAS_IDS=expert_ids is not None,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,142 @@
+"""Route: expert ids to grouped order by a stable counting sort, and the schedule of row tiles, all on the GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from .device import on_device
+
+# Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
+# registers a thread.
+BLOCK = 128
+# Experts counted in one step: bounds the BLOCK x EXPERTS comparison likewise.
+EXPERTS = 128
+
+
+@triton.jit
+def _expert_ids(ids_ptr, slots, num_slots, num_experts):
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=0).to(tl.int32)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """counts[e, block] = how many of the block's slots chose e; row num_experts counts the slots of no expert."""
+    block = tl.program_id(0)
+    slots = block * BLOCK + tl.arange(0, BLOCK)
+    ids = _expert_ids(ids_ptr, slots, num_slots, num_experts)
+    ids = tl.where(slots < num_slots, ids, -1)
+    for start in range(0, num_experts + 1, EXPERTS):
+        experts = start + tl.arange(0, EXPERTS)
+        counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+        tl.store(counts_ptr + experts * num_blocks + block, counts, mask=experts <= num_experts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, counts_ptr, ends_ptr, sorted_ptr, scattered_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr
+):
+    """Each slot goes where its expert's earlier blocks end, plus its rank among the block's slots of that expert."""
+    block = tl.program_id(0)
+    local = tl.arange(0, BLOCK)
+    slots = block * BLOCK + local
+    mask = slots < num_slots
+    ids = _expert_ids(ids_ptr, slots, num_slots, num_experts)
+    earlier = (ids[None, :] == ids[:, None]) & (local[None, :] < local[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    cell = ids * num_blocks + block
+    end = tl.load(ends_ptr + cell, mask=mask, other=0)
+    count = tl.load(counts_ptr + cell, mask=mask, other=0)
+    row = end - count + rank
+    tl.store(sorted_ptr + row, ids.to(tl.int64), mask=mask)
+    tl.store(scattered_ptr + row, slots.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _schedule_kernel(
+    offsets_ptr,
+    tiles_ptr,
+    num_slots,
+    num_tiles,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """tiles[i] = (expert, first row): experts in order, each cut into BLOCK_M rows; the last group is of no expert."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, GROUPS)
+    start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= num_experts), other=0).to(tl.int32)
+    end = tl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
+    end = tl.where(e == num_experts, num_slots, end)
+    count = tl.where(e <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    last = tl.cumsum(count, axis=0)
+    before = (last[None, :] <= i[:, None]) & (e[None, :] <= num_experts)
+    expert = tl.sum(before.to(tl.int32), axis=1)
+    first = tl.sum(tl.where(before, count[None, :], 0), axis=1)
+    base = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0).to(tl.int32)
+    used = expert <= num_experts
+    row = tl.where(used, base + (i - first) * BLOCK_M, 0)
+    tl.store(tiles_ptr + i * 2, tl.where(used, expert, -1), mask=i < num_tiles)
+    tl.store(tiles_ptr + i * 2 + 1, row, mask=i < num_tiles)
+
+
+def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.route`."""
+    num_slots = expert_ids.numel()
+    device = expert_ids.device
+    if num_slots == 0:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return none, none.clone(), torch.zeros(num_experts, dtype=torch.int64, device=device)
+    ids = expert_ids.contiguous()
+    num_blocks = triton.cdiv(num_slots, BLOCK)
+    counts = torch.empty(num_experts + 1, num_blocks, dtype=torch.int32, device=device)
+    sorted_expert_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
+    sorted_scattered_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
+    with on_device(ids):
+        _count_kernel[(num_blocks,)](ids, counts, num_slots, num_blocks, num_experts, BLOCK=BLOCK, EXPERTS=EXPERTS)
+        ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+        _place_kernel[(num_blocks,)](
+            ids,
+            counts,
+            ends,
+            sorted_expert_idxs,
+            sorted_scattered_idxs,
+            num_slots,
+            num_blocks,
+            num_experts,
+            BLOCK=BLOCK,
+        )
+    expert_offsets = ends.view(num_experts + 1, num_blocks)[:num_experts, -1].to(torch.int64)
+    return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
+
+
+def num_tiles(num_slots: int, num_experts: int) -> int:
+    """A bound on the row tiles of any routing: full ones, and one that is not for each group (E and no expert)."""
+    block_m = tiles.block_m(num_slots, num_experts)
+    return min(num_slots, (num_slots + (num_experts + 1) * (block_m - 1)) // block_m)
+
+
+def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
+    """The row tiles of a routing: int32 ``[num_tiles, 2]`` of (expert, first grouped row); see `Routing.tiles`."""
+    num_experts = expert_offsets.shape[0]
+    n = num_tiles(num_slots, num_experts)
+    schedule = torch.empty(n, 2, dtype=torch.int32, device=expert_offsets.device)
+    if n:
+        block = 64
+        with on_device(expert_offsets):
+            _schedule_kernel[(triton.cdiv(n, block),)](
+                expert_offsets,
+                schedule,
+                num_slots,
+                n,
+                num_experts,
+                BLOCK_M=tiles.block_m(num_slots, num_experts),
+                BLOCK=block,
+                GROUPS=tiles.next_power_of_2(num_experts + 1),
+            )
+    return schedule

@@ -1,0 +1,109 @@
+"""Shrink: a product into the LoRA rank, ``z = scale * gather(x) @ factor[e]``, rank-sized and nearly free."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from ..types import Routing
+from .device import dot_precision, on_device, shared_memory
+from .rows import operand_rows, tile_rows
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr,
+    factor_ptr,
+    out_ptr,
+    tiles_ptr,
+    offsets_ptr,
+    scattered_ptr,
+    scale,
+    num_slots,
+    num_experts,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_fe,
+    stride_fk,
+    stride_fr,
+    X_FAN_OUT: tl.constexpr,
+    OUT_SCATTERED: tl.constexpr,
+    SCHEDULED_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A scheduled tile may be cut into several programs: this product wants more of them, and fewer rows each.
+    parts: tl.constexpr = SCHEDULED_M // BLOCK_M
+    pid = tl.program_id(0)
+    expert, rows, slots, mask = tile_rows(
+        tiles_ptr, offsets_ptr, scattered_ptr, pid // parts, num_slots, num_experts, BLOCK_M, (pid % parts) * BLOCK_M
+    )
+    if (expert < 0) | (expert >= num_experts):
+        return
+    dtype: tl.constexpr = factor_ptr.dtype.element_ty
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
+    x_row = x_ptr + operand_rows(rows, slots, X_FAN_OUT) * stride_xm
+    factor = factor_ptr + expert.to(tl.int64) * stride_fe + r[None, :].to(tl.int64) * stride_fr
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        kk = (start + k).to(tl.int64)
+        x = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=mask[:, None] & (kk < K)[None, :], other=0.0)
+        f = tl.load(factor + kk[:, None] * stride_fk, mask=(kk < K)[:, None] & (r < R)[None, :], other=0.0)
+        acc = tl.dot(x, f, acc, input_precision=PRECISION)
+    out_rows = operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)
+    tl.store(
+        out_ptr + out_rows[:, None] * R + r[None, :], (acc * scale).to(dtype), mask=mask[:, None] & (r < R)[None, :]
+    )
+
+
+def shrink(
+    x: Tensor,
+    factor: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    scale: float,
+    out_scattered: bool = False,
+) -> Tensor:
+    """See `reference.shrink`. Rows of no expert are zeros if ``out_scattered``, else left unwritten (never read)."""
+    num_slots, num_experts = routing.num_slots, routing.num_experts
+    K, R = factor.shape[1], factor.shape[2]
+    out = factor.new_zeros(num_slots, R) if out_scattered else factor.new_empty(num_slots, R)
+    if out.numel() == 0:
+        return out
+    scheduled_m = tiles.block_m(num_slots, num_experts)
+    tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, shared_memory(x))
+    grid = (routing.tiles.shape[0] * (scheduled_m // tile.block_m), triton.cdiv(R, tile.block_n))
+    with on_device(x):
+        _shrink_kernel[grid](
+            x,
+            factor,
+            out,
+            routing.tiles,
+            routing.expert_offsets,
+            routing.scattered_idxs,
+            scale,
+            num_slots,
+            num_experts,
+            K,
+            R,
+            *x.stride(),
+            *factor.stride(),
+            X_FAN_OUT=x_fan_out,
+            OUT_SCATTERED=out_scattered,
+            SCHEDULED_M=scheduled_m,
+            BLOCK_M=tile.block_m,
+            BLOCK_R=tile.block_n,
+            BLOCK_K=tile.block_k,
+            PRECISION=dot_precision(factor.dtype),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out

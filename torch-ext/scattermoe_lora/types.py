@@ -1,0 +1,137 @@
+"""Data types: the routing of a batch and the LoRA factors of an expert stack. They carry shapes and import nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the ``S = T * k`` routed slots of a batch go (ScatterMoE, arXiv 2403.08245, section 3).
+
+    A *slot* is one (token, choice) pair, numbered ``t * k + j`` in *scattered* order. *Grouped* order is the slots
+    sorted by expert, stably. Rows past ``expert_offsets[-1]`` belong to no expert (expert-parallel sentinels).
+
+    Attributes:
+        scattered_idxs: int64 ``[S]``; the slot that each grouped row stands for.
+        expert_offsets: int64 ``[E]``; cumulative: expert ``e`` owns grouped rows ``[offsets[e - 1], offsets[e])``.
+        tiles: int32 ``[n, 2]``, the kernels' schedule: (expert, first grouped row) of each row tile, expert ``E`` for
+            rows of no expert and ``-1`` for an unused entry. Empty for the CPU backend, which needs none.
+    """
+
+    scattered_idxs: Tensor
+    expert_offsets: Tensor
+    tiles: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        return self.scattered_idxs.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.shape[0]
+
+
+@dataclass(frozen=True)
+class ExpertLoRA:
+    """The LoRA update of one expert stack: ``y_e = W_e x + scaling * B_e (A_e x)`` (arXiv 2106.09685, per expert).
+
+    Args:
+        A: ``[E, r, in]``, any strides.
+        B: ``[E, out, r]``, any strides.
+        scaling: a float, usually ``alpha / r``. ``0.0`` means zero.
+
+    Raises:
+        TypeError: a factor is not a floating point tensor, or ``scaling`` is not a number.
+        ValueError: the factors' shapes or devices do not go together.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, factor in (("A", self.A), ("B", self.B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"ExpertLoRA: {name} must be a tensor, got {type(factor).__name__}")
+            if not factor.is_floating_point():
+                raise TypeError(f"ExpertLoRA: {name} must be floating point, got {factor.dtype}")
+            if factor.dim() != 3:
+                shape = "[E, r, in]" if name == "A" else "[E, out, r]"
+                raise ValueError(f"ExpertLoRA: {name} must be {shape}, got shape {tuple(factor.shape)}")
+        if isinstance(self.scaling, bool) or not isinstance(self.scaling, (int, float)):
+            raise TypeError(f"ExpertLoRA: scaling must be a float, got {self.scaling!r}")
+        if self.A.shape[0] != self.B.shape[0]:
+            raise ValueError(
+                f"ExpertLoRA: A has {self.A.shape[0]} experts and B has {self.B.shape[0]}; they must be equal"
+            )
+        if self.A.shape[1] != self.B.shape[2] or self.A.shape[1] == 0:
+            raise ValueError(
+                "ExpertLoRA: the rank of A [E, r, in] and B [E, out, r] must be equal and positive, "
+                f"got {self.A.shape[1]} and {self.B.shape[2]}"
+            )
+        if self.A.device != self.B.device:
+            raise ValueError(f"ExpertLoRA: A and B must be on one device, got {self.A.device} and {self.B.device}")
+
+    @property
+    def num_experts(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[1]
+
+    @classmethod
+    def from_peft(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
+        """Views of PEFT's factors for an expert stack (``peft.tuners.lora.ParamWrapper``); no copy.
+
+        Args:
+            lora_A: ``[E * r, in]``, the expert index slowest.
+            lora_B: ``[out, r * E]``, the expert index **fastest**.
+            num_experts: ``E``.
+            scaling: PEFT's ``scaling[adapter]``.
+        """
+        return cls(*_split_factors(lora_A, lora_B, num_experts, expert_fastest_in_B=True), scaling=scaling)
+
+    @classmethod
+    def from_expert_major(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
+        """Views of ScatterMoE-LoRA's factors: ``lora_A [E * r, in]``, ``lora_B [out, E * r]``, expert-major both."""
+        return cls(*_split_factors(lora_A, lora_B, num_experts, expert_fastest_in_B=False), scaling=scaling)
+
+    def to_peft(self) -> tuple[Tensor, Tensor]:
+        """``(lora_A [E * r, in], lora_B [out, r * E])`` in PEFT's layout; views of what ``from_peft`` was given."""
+        lora_A = self.A.reshape(self.num_experts * self.rank, self.in_features)
+        lora_B = self.B.permute(1, 2, 0).reshape(self.out_features, self.rank * self.num_experts)
+        return lora_A, lora_B
+
+
+def _split_factors(
+    lora_A: Tensor, lora_B: Tensor, num_experts: int, expert_fastest_in_B: bool
+) -> tuple[Tensor, Tensor]:
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+        if factor.dim() != 2:
+            shape = "[E * r, in]" if name == "lora_A" else "[out, E * r]"
+            raise ValueError(f"{name} must be {shape}, got shape {tuple(factor.shape)}")
+    width = lora_A.shape[0]
+    if num_experts < 1 or width != lora_B.shape[1] or width % num_experts or width == 0:
+        raise ValueError(
+            f"lora_A [E * r, in] and lora_B [out, E * r] must share E * r, a positive multiple of E = {num_experts}; "
+            f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+        )
+    rank, out_features = width // num_experts, lora_B.shape[0]
+    A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
+    if expert_fastest_in_B:
+        return A, lora_B.reshape(out_features, rank, num_experts).permute(2, 0, 1)
+    return A, lora_B.reshape(out_features, num_experts, rank).permute(1, 0, 2)
