@@ -1,6 +1,109 @@
-"""The layers that `kernels` swaps in: pure forwards, one class a mapping name, stateless as `kernels` requires."""
+"""The layers that `kernels` swaps in, one class a mapping name: pure, stateless forwards, as `kernels` requires.
 
-from .blocks import HFScatterMoEGatedMLP, ScatterMoEGatedMLP
-from .experts import ScatterMoEExperts, ScatterMoEParamWrapper
+All are defined in this file: kernel-builder lists on the Hub card only the classes that it finds here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.experts import experts_forward, fused_experts, is_experts
+from ..integrations.peft import is_param_wrapper, param_wrapper_forward
+from ..moe_mlp import moe_mlp
 
 __all__ = ["HFScatterMoEGatedMLP", "ScatterMoEExperts", "ScatterMoEGatedMLP", "ScatterMoEParamWrapper"]
+
+
+class ScatterMoEExperts(nn.Module):
+    """Replaces the forward of any transformers experts class (``@use_experts_implementation``)."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden_states [T, H]``, ``top_k_index [T, k]``, ``top_k_weights [T, k]``; returns ``[T, H]``."""
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+class ScatterMoEParamWrapper(nn.Module):
+    """Replaces the forward of PEFT's ``ParamWrapper`` around experts: same result, no merged weight."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x [T, H]``, then the experts' ``top_k_index`` and ``top_k_weights``; returns ``[T, H]``."""
+        return param_wrapper_forward(self, x, *args, **kwargs)
+
+
+class HFScatterMoEGatedMLP(nn.Module):
+    """Replaces a transformers block of ``gate``, ``experts`` and, if it has them, ``shared_expert(s)`` and their gate.
+
+    For blocks that return one tensor: Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3 and their kin.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """``hidden_states [B, L, H]``; returns ``[B, L, H]``."""
+        shape = hidden_states.shape
+        jitter = getattr(self, "jitter_noise", 0.0)
+        if self.training and jitter > 0:
+            hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - jitter, 1.0 + jitter)
+        hidden_states = hidden_states.reshape(-1, shape[-1])
+        _, top_k_weights, top_k_index = self.gate(hidden_states)
+        out = _experts(self.experts, hidden_states, top_k_index, top_k_weights)
+        for name in ("shared_expert", "shared_experts"):
+            shared = getattr(self, name, None)
+            if shared is not None:
+                shared_out = shared(hidden_states)
+                shared_gate = getattr(self, "shared_expert_gate", None)
+                if shared_gate is not None:
+                    shared_out = torch.sigmoid(shared_gate(hidden_states)) * shared_out
+                out = out + shared_out
+        return out.reshape(shape)
+
+
+class ScatterMoEGatedMLP(nn.Module):
+    """Replaces a GraniteMoe-style block of ``router.layer``, ``input_linear`` and ``output_linear``.
+
+    ``router`` has ``layer`` (a linear to ``E`` logits) and ``top_k``; the weights of ``input_linear`` are
+    ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``; ``activation`` works on the gate half.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, layer_input: Tensor) -> Tensor:
+        """``layer_input [B, L, H]``; returns ``[B, L, H]``. Routing weights are the softmax of the top-k logits."""
+        shape = layer_input.shape
+        hidden_states = layer_input.reshape(-1, shape[-1])
+        top_k_logits, top_k_index = self.router.layer(hidden_states).float().topk(self.router.top_k, dim=-1)
+        top_k_weights = torch.softmax(top_k_logits, dim=-1).to(hidden_states.dtype)
+        activation = self.activation
+
+        def gated(h: Tensor) -> Tensor:
+            gate, up = h.chunk(2, dim=-1)
+            return activation(gate) * up
+
+        out = moe_mlp(
+            hidden_states,
+            self.input_linear.weight,
+            self.output_linear.weight,
+            top_k_index,
+            top_k_weights,
+            activation="silu" if isinstance(activation, nn.SiLU) else gated,
+        )
+        return out.reshape(shape)
+
+
+def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if is_param_wrapper(experts):
+        return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if is_experts(experts):
+        return fused_experts(experts, hidden_states, top_k_index, top_k_weights, {})
+    return experts(hidden_states, top_k_index, top_k_weights)

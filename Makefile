@@ -1,0 +1,76 @@
+# make venv       a virtual environment in .venv with everything pinned in requirements-dev.txt
+# make build      the Hub variants, in build/
+# make check      compare build/ with its digests and with this tree
+# make lint       ruff and mypy
+# make test       everything that needs no GPU: lint, build, tests
+# make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
+# make finetune   the fine-tuning example, on the kernel just built
+# make clean      remove what these made
+#
+# To use an existing Python with everything installed, and no .venv:  make test PYTHON_RUN=python3
+
+PYTHON ?= python3
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+PYTHON_RUN ?= $(VENV_PYTHON)
+
+# The script that needs a GPU, if the tree has one, and the arguments of the fine-tuning example.
+GPU_SCRIPT ?= $(wildcard scripts/gpu_check.py)
+FINETUNE_ARGS ?=
+
+STAMP := $(VENV)/installed
+ifeq ($(PYTHON_RUN),$(VENV_PYTHON))
+READY := $(STAMP)
+endif
+
+# `kernels` takes the folder that holds build/, not build/ itself.
+LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
+
+.PHONY: venv build check lint test test-gpu finetune clean
+
+venv: $(STAMP)
+
+# Torch goes first, as a build of it that brings its own Triton (CUDA) allows no other: there our pin is left out.
+$(STAMP): requirements.txt requirements-dev.txt
+	test -x $(VENV_PYTHON) || $(PYTHON) -m venv $(VENV)
+	$(VENV_PYTHON) -m pip install "$$(grep '^torch==' requirements.txt)"
+	left_out=$$($(VENV_PYTHON) -c 'from importlib.metadata import requires; \
+		print("/^triton==/d;" if "triton" in " ".join(requires("torch")) else "")'); \
+	sed "$$left_out/^-r /d" requirements.txt requirements-dev.txt > $(VENV)/requirements.txt
+	$(VENV_PYTHON) -m pip install -r $(VENV)/requirements.txt
+	touch $@
+
+build: $(READY)
+	$(PYTHON_RUN) scripts/build.py
+
+check: $(READY)
+	$(PYTHON_RUN) scripts/build.py --check
+
+lint: $(READY)
+	$(PYTHON_RUN) -m ruff check .
+	$(PYTHON_RUN) -m ruff format --check .
+	$(PYTHON_RUN) -m mypy torch-ext scripts
+
+test: lint build
+	$(PYTHON_RUN) scripts/build.py --check
+	$(LOCAL) $(PYTHON_RUN) -m pytest tests -m "not gpu" -n 2
+
+test-gpu: $(READY)
+	@gpu=$$($(PYTHON_RUN) -c 'import torch; print(torch.accelerator.is_available())') || exit 1; \
+	if [ "$$gpu" = False ]; then \
+		echo "=================================================="; \
+		echo "SKIPPED: this machine has no GPU. Nothing was tested."; \
+		echo "=================================================="; \
+	else \
+		set -ex; \
+		$(PYTHON_RUN) scripts/build.py; \
+		$(LOCAL) $(PYTHON_RUN) -m pytest tests -m gpu; \
+		for script in $(GPU_SCRIPT); do $(LOCAL) $(PYTHON_RUN) $$script; done; \
+	fi
+
+finetune: build
+	$(LOCAL) $(PYTHON_RUN) scripts/finetune.py $(FINETUNE_ARGS)
+
+clean:
+	rm -rf build .build-* $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""Shared fixtures: the kernel as a user loads it, and the device that the numerics run on (``--device``).
+
+- ``cpu`` (default): the CPU backend; every test that needs no GPU runs.
+- ``interpreter``: the Triton kernels themselves, in Triton's interpreter, on CPU tensors; only tests marked
+  ``every_device`` run.
+- ``cuda``: the Triton kernels on the GPU; tests marked ``every_device`` or ``gpu`` run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REPO_ID = "org/scattermoe-lora"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "interpreter", "cuda"), help="see tests/conftest.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    torch.set_num_threads(1)  # the products are tiny, and threads would contend with xdist's workers
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
+    if not (ROOT / "build").is_dir() and os.environ["LOCAL_KERNELS"] == f"{REPO_ID}={ROOT}":
+        pytest.exit("there is no build/ to test: run `make build` first", returncode=2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    wanted = {"interpreter": {"every_device"}, "cuda": {"every_device", "gpu"}}.get(device)
+    kept, dropped = [], []
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        runs = bool(wanted & marks) if wanted else "gpu" not in marks
+        (kept if runs else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session")
+def kernel(request: pytest.FixtureRequest) -> ModuleType:
+    """The kernel, loaded with `get_kernel` from the build that LOCAL_KERNELS names."""
+    from kernels import get_kernel
+
+    module = get_kernel(REPO_ID, version=1)
+    if request.config.getoption("--device") == "interpreter":
+        triton_kernels = inner(module, "triton_kernels")
+        inner(module, "backend").of = lambda tensor: triton_kernels
+    return module
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    name = request.config.getoption("--device")
+    return torch.device("cuda" if name == "cuda" else "cpu")
+
+
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    if request.param == "bfloat16" and request.config.getoption("--device") == "interpreter":
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
+    return getattr(torch, request.param)
+
+
+def inner(kernel: ModuleType, name: str) -> ModuleType:
+    """A module inside the kernel: the loader gives the package a generated name, so it can't be imported by ours."""
+    import importlib
+
+    return importlib.import_module(f"{kernel.__name__}.{name}") if kernel.__name__ in sys.modules else None

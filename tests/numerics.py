@@ -1,0 +1,127 @@
+"""How the tests judge numbers: fp64 autograd over the definition, the error as ||x - ref|| / ||ref||."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The issue's bounds. What the best other systems reach in bfloat16 is 5.5e-3 at real sizes.
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """``||value - reference|| / ||reference||``, in float64 on the reference's device; 0 for two zeros."""
+    reference = reference.detach().double()
+    difference = (value.detach().to(reference.device).double() - reference).norm()
+    scale = reference.norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def assert_close(named: dict[str, tuple[Tensor, Tensor]], bound: float) -> None:
+    """Every (value, reference) pair has the same shape and a relative error within the bound; NaN never passes."""
+    errors = {}
+    for name, (value, reference) in named.items():
+        assert value.shape == reference.shape, f"{name}: shape {tuple(value.shape)}, not {tuple(reference.shape)}"
+        errors[name] = relative_error(value, reference)
+    bad = {name: error for name, error in errors.items() if not error <= bound}
+    assert not bad, f"relative errors over {bound:.1e}: {bad}; all: {errors}"
+
+
+def random_routing(T: int, E: int, k: int, generator: torch.Generator, pattern: str) -> Tensor:
+    """``[T, k]`` distinct experts a token: ``uniform``, ``hot`` (expert 0 in every token), ``empty`` (half unused)."""
+    usable = max(k, E // 2) if pattern == "empty" else E
+    scores = torch.rand(T, usable, generator=generator)
+    if pattern == "hot":
+        scores[:, 0] = 2.0
+    return scores.topk(k, dim=1).indices if T else torch.empty(0, k, dtype=torch.int64)
+
+
+@dataclass
+class Case:
+    """Random inputs of one experts layer, in float64, each rounded to the dtype it will be computed in."""
+
+    T: int
+    H: int
+    I: int  # noqa: E741
+    E: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_gate: bool = True
+    has_bias: bool = False
+    activation: Any = "silu"
+    pattern: str = "uniform"
+    scalings: tuple[float, float] = (0.5, 2.0)
+    adapter_dtype: torch.dtype | None = None
+    frozen: Sequence[str] = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(20)
+        adapter = self.adapter_dtype or self.dtype
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype).double()
+
+        N = 2 * self.I if self.has_gate else self.I
+        up = normal(self.E, N, self.H, scale=self.H**-0.5)
+        down = normal(self.E, self.H, self.I, scale=self.I**-0.5)
+        if self.is_transposed:
+            up, down = up.mT.contiguous(), down.mT.contiguous()
+        self.tensors = {
+            "hidden_states": normal(self.T, self.H),
+            "gate_up_proj": up,
+            "down_proj": down,
+            "top_k_weights": torch.rand(self.T, self.k, generator=generator).to(self.dtype).double(),
+        }
+        if self.has_bias:
+            self.tensors["gate_up_proj_bias"] = normal(self.E, N)
+            self.tensors["down_proj_bias"] = normal(self.E, self.H)
+        if self.r:
+            # LoRA is a correction: B is a fraction of what would make the update as large as W x.
+            self.tensors["gate_up_A"] = normal(self.E, self.r, self.H, scale=self.H**-0.5, dtype=adapter)
+            self.tensors["gate_up_B"] = normal(self.E, N, self.r, scale=0.5 * self.r**-0.5, dtype=adapter)
+            self.tensors["down_A"] = normal(self.E, self.r, self.I, scale=self.I**-0.5, dtype=adapter)
+            self.tensors["down_B"] = normal(self.E, self.H, self.r, scale=0.5 * self.r**-0.5, dtype=adapter)
+        self.top_k_index = random_routing(self.T, self.E, self.k, generator, self.pattern)
+        self.grad = normal(self.T, self.H)
+
+    def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
+        """Output and gradients of `function`: in float64 for the reference, else in the case's dtypes on the device."""
+        leaves = {}
+        for name, tensor in self.tensors.items():
+            dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype
+            leaf = tensor.clone() if reference else tensor.to(device, dtype, copy=True)
+            leaves[name] = leaf.requires_grad_(name not in self.frozen)
+        arguments = dict(leaves)
+        if self.r:
+            for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True):
+                A, B = arguments.pop(f"{projection}_A"), arguments.pop(f"{projection}_B")
+                arguments[f"{projection}_lora"] = kernel.ExpertLoRA(A, B, scaling)
+        where = torch.device("cpu") if reference else device
+        out = function(
+            **arguments,
+            top_k_index=self.top_k_index.to(where),
+            is_transposed=self.is_transposed,
+            is_concatenated=self.is_concatenated,
+            has_gate=self.has_gate,
+            activation=self.activation,
+        )
+        out.backward(self.grad.to(where, out.dtype))
+        grads = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {"output": out.detach(), **grads}
+
+    def check(self, kernel: ModuleType, device: torch.device, bound: float | None = None) -> dict[str, Tensor]:
+        """Compares `moe_mlp` with the definition; returns what `moe_mlp` gave."""
+        got = self.run(kernel, kernel.moe_mlp, device, reference=False)
+        want = self.run(kernel, kernel.reference.moe_mlp, device, reference=True)
+        assert got.keys() == want.keys()
+        assert_close({name: (got[name], want[name]) for name in want}, BOUNDS[self.dtype] if bound is None else bound)
+        return got

@@ -1,0 +1,414 @@
+"""`moe_mlp` against fp64 autograd over the definition: sizes, layouts, dtypes, routing, and what must not happen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import Case, assert_close, relative_error
+from torch.utils.checkpoint import checkpoint
+
+every_device = pytest.mark.every_device
+
+# T, H, I, E, k, r: odd sizes everywhere. A gradient of one token through rank 1 is one scalar product times a vector:
+# its relative error is that product's cancellation, so T = 1 goes with larger ranks and r = 1 with more tokens.
+SIZES = [
+    (1, 40, 24, 1, 1, 12),
+    (1, 200, 96, 64, 8, 16),
+    (63, 40, 24, 5, 2, 4),
+    (63, 200, 24, 5, 1, 12),
+    (63, 40, 96, 64, 8, 1),
+    (500, 200, 96, 5, 2, 64),
+    (500, 40, 96, 64, 2, 16),
+    (130, 72, 40, 3, 2, 24),
+    (63, 40, 24, 5, 2, 200),
+    (0, 40, 24, 5, 2, 4),
+]
+
+
+@every_device
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(kernel, device, dtype, size):
+    Case(*size, dtype=dtype).check(kernel, device)
+
+
+@every_device
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "nogate"])
+@pytest.mark.parametrize("is_concatenated", [True, False], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
+def test_layouts(kernel, device, dtype, is_transposed, is_concatenated, has_gate, has_bias):
+    case = Case(
+        63,
+        40,
+        24,
+        5,
+        2,
+        4,
+        dtype=dtype,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+        has_gate=has_gate,
+        has_bias=has_bias,
+    )
+    case.check(kernel, device)
+
+
+@every_device
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "nogate"])
+@pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_activations(kernel, device, dtype, activation, has_gate):
+    Case(63, 40, 24, 5, 2, 4, dtype=dtype, activation=activation, has_gate=has_gate).check(kernel, device)
+
+
+@every_device
+def test_own_activation(kernel, device, dtype):
+    """Any differentiable function may stand between the two products: here a gate of interleaved halves."""
+
+    def gate_of_halves(h):
+        gate, up = h[..., ::2], h[..., 1::2]
+        return (torch.tanh(up) + 1) * gate * torch.sigmoid(gate * 1.702)
+
+    # The function's own intermediates are rounded to the dtype, which no fused activation does: twice the bound.
+    bound = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
+    case = Case(63, 40, 24, 5, 2, 4, dtype=dtype, activation=gate_of_halves, is_transposed=True, has_bias=True)
+    case.check(kernel, device, bound)
+
+
+@every_device
+@pytest.mark.parametrize("pattern", ["hot", "empty"])
+@pytest.mark.parametrize("size", [(130, 40, 24, 5, 2, 4), (500, 40, 24, 16, 1, 4)], ids=str)
+def test_routing_patterns(kernel, device, dtype, size, pattern):
+    got = Case(*size, dtype=dtype, pattern=pattern).check(kernel, device)
+    if pattern == "empty":
+        unused = slice(max(size[4], size[3] // 2), None)
+        for name in ("d gate_up_proj", "d down_proj", "d gate_up_A", "d gate_up_B", "d down_A", "d down_B"):
+            assert not got[name][unused].any(), f"{name} of an expert without tokens must be exactly zero"
+
+
+@every_device
+def test_no_lora(kernel, device, dtype):
+    Case(63, 40, 24, 5, 2, 0, dtype=dtype).check(kernel, device)
+
+
+@every_device
+def test_lora_on_one_projection(kernel, device):
+    for kept in ("gate_up", "down"):
+        case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
+        x = {name: tensor.float().to(device).requires_grad_() for name, tensor in case.tensors.items()}
+        lora = {f"{kept}_lora": kernel.ExpertLoRA(x[f"{kept}_A"], x[f"{kept}_B"], 0.5)}
+        base = [x[name] for name in ("hidden_states", "gate_up_proj", "down_proj")]
+        index = case.top_k_index.to(device)
+        out = kernel.moe_mlp(*base, index, x["top_k_weights"], **lora)
+        want = kernel.reference.moe_mlp(*base, index, x["top_k_weights"], **lora)
+        leaves = [*base, x["top_k_weights"], x[f"{kept}_A"], x[f"{kept}_B"]]
+        grads = torch.autograd.grad(out, leaves, case.grad.float().to(device))
+        wants = torch.autograd.grad(want, leaves, case.grad.float().to(device))
+        pairs = {str(i): pair for i, pair in enumerate(zip(grads, wants, strict=True))}
+        assert_close({"output": (out, want), **pairs}, 1e-6)
+
+
+@every_device
+def test_scaling_zero_means_zero(kernel, device):
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, scalings=(0.0, 0.0))
+    got = case.check(kernel, device)
+    plain = Case(63, 40, 24, 5, 2, 0, dtype=torch.float32)
+    plain.tensors = {name: case.tensors[name] for name in plain.tensors}
+    plain.top_k_index, plain.grad = case.top_k_index, case.grad
+    without = plain.run(kernel, kernel.moe_mlp, device, reference=False)
+    assert torch.equal(got["output"], without["output"])
+    assert not got["d gate_up_A"].any() and not got["d down_B"].any()
+
+
+@every_device
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapter_dtype(kernel, device, adapter_dtype):
+    """fp32 masters on a half precision base, as PEFT keeps them: gradients come back in the adapter's dtype."""
+    base = torch.float16
+    case = Case(130, 40, 24, 5, 2, 16, dtype=base, adapter_dtype=adapter_dtype)
+    got = case.run(kernel, kernel.moe_mlp, device, reference=False)
+    want = case.run(kernel, kernel.reference.moe_mlp, device, reference=True)
+    for name in got:
+        expected = adapter_dtype if name.endswith(("_A", "_B")) else base
+        assert got[name].dtype == expected, name
+    # The adapter is rounded to the base's dtype, as PEFT's own merge rounds it; bfloat16 gradients are rounded again.
+    bound = 1.5e-3 if adapter_dtype == torch.float32 else 4e-3
+    assert_close({name: (got[name], want[name]) for name in want}, bound)
+
+
+@every_device
+def test_frozen_arguments_get_no_gradient(kernel, device):
+    frozen = ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights")
+    case = Case(63, 72, 40, 9, 2, 4, dtype=torch.float32, frozen=frozen)
+    got = case.check(kernel, device)
+    assert set(got) == {"output", "d gate_up_A", "d gate_up_B", "d down_A", "d down_B"}
+
+
+def test_weights_are_never_copied(kernel):
+    """Twenty thousand experts that are one in memory: a dense copy, or a dense gradient, would take hundreds of GB."""
+    E, H, I = 20_000, 1024, 1024  # noqa: E741
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(1, 2 * I, H, generator=generator, dtype=torch.float64).expand(E, -1, -1)
+    down = torch.randn(1, H, I, generator=generator, dtype=torch.float64).expand(E, -1, -1)
+    x = torch.randn(3, H, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = kernel.moe_mlp(x, up, down, torch.randint(0, E, (3, 2), generator=generator), weights)
+    grads = torch.autograd.grad(out.sum(), [x, weights])
+    want = kernel.moe_mlp(x, up[:1], down[:1], torch.zeros(3, 2, dtype=torch.int64), weights)
+    wants = torch.autograd.grad(want.sum(), [x, weights])
+    pairs = {str(i): pair for i, pair in enumerate(zip(grads, wants, strict=True))}
+    assert_close({"output": (out, want), **pairs}, 1e-12)
+
+
+@every_device
+@pytest.mark.parametrize("frozen_input", [True, False])
+def test_each_gradient_alone(kernel, device, frozen_input):
+    """Any subset of gradients may be asked for; each is what it is when all are."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True)
+    every = case.run(kernel, kernel.moe_mlp, device, reference=False)
+    for name in case.tensors:
+        case.frozen = [other for other in case.tensors if other != name]
+        if not frozen_input and name != "hidden_states":
+            case.frozen.remove("hidden_states")
+        alone = case.run(kernel, kernel.moe_mlp, device, reference=False)
+        assert torch.equal(alone[f"d {name}"], every[f"d {name}"]), name
+
+
+@every_device
+def test_second_backward(kernel, device):
+    """Saved tensors are never overwritten: a retained graph gives the same gradients again."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True)
+    leaves = {name: tensor.float().to(device).requires_grad_() for name, tensor in case.tensors.items()}
+    out = _call(kernel, leaves, case.top_k_index.to(device))
+    grad = case.grad.float().to(device)
+    first = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+    second = torch.autograd.grad(out, list(leaves.values()), grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_device
+def test_deterministic(kernel, device, dtype):
+    case = Case(130, 40, 24, 5, 2, 4, dtype=dtype, has_bias=True, pattern="hot")
+    first = case.run(kernel, kernel.moe_mlp, device, reference=False)
+    for _ in range(3):
+        again = case.run(kernel, kernel.moe_mlp, device, reference=False)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@every_device
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(kernel, device, dtype, use_reentrant):
+    case = Case(63, 40, 24, 5, 2, 4, dtype=dtype)
+    results = []
+    for checkpointed in (False, True):
+        leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in case.tensors.items()}
+        index = case.top_k_index.to(device)
+        if checkpointed:
+            names = list(leaves)
+
+            def call(*tensors, names=names, index=index):
+                return _call(kernel, dict(zip(names, tensors, strict=True)), index)
+
+            out = checkpoint(call, *leaves.values(), use_reentrant=use_reentrant)
+        else:
+            out = _call(kernel, leaves, index)
+        out.backward(case.grad.to(device, dtype))
+        results.append([out, *(leaf.grad for leaf in leaves.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_device
+def test_no_nan_crosses_experts(kernel, device, dtype):
+    """One expert's Inf weights and one token's NaN touch what depends on them and not a bit of anything else."""
+    case = Case(130, 40, 24, 5, 2, 4, dtype=dtype, has_bias=True)
+    clean = case.run(kernel, kernel.moe_mlp, device, reference=False)
+    expert, token = 2, 7
+    case.tensors["gate_up_proj"][expert] = float("inf")
+    case.tensors["down_proj"][expert] = float("inf")
+    case.tensors["hidden_states"][token] = float("nan")
+    poisoned = case.run(kernel, kernel.moe_mlp, device, reference=False)
+    hit = (case.top_k_index == expert).any(1)
+    hit[token] = True
+    spared_experts = [e for e in range(5) if e != expert and e not in case.top_k_index[token]]
+    assert spared_experts and hit.any() and not hit.all()
+    assert not torch.isfinite(poisoned["output"][hit]).all(1).any()
+    for name in ("output", "d hidden_states", "d top_k_weights"):
+        assert torch.equal(poisoned[name][~hit], clean[name][~hit]), name
+    for name in clean:
+        if clean[name].shape[0] == 5 and name.startswith("d "):
+            assert torch.equal(poisoned[name][spared_experts], clean[name][spared_experts]), name
+
+
+@every_device
+def test_uninitialised_memory_is_never_read(kernel, device, dtype):
+    """With every fresh tensor filled with NaN the results are the same, sentinels and empty experts included."""
+    case = Case(130, 40, 24, 9, 2, 4, dtype=dtype, has_bias=True, pattern="empty")
+    case.top_k_index[::3, 0] = 9
+    x = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in case.tensors.items()}
+    index, grad = case.top_k_index.to(device), case.grad.to(device, dtype)
+    clean = _call(kernel, x, index, expert_parallel=True)
+    clean_grads = torch.autograd.grad(clean, list(x.values()), grad)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all(), "torch fills fresh memory with NaN in this mode"
+    try:
+        filled = _call(kernel, x, index, expert_parallel=True)
+        filled_grads = torch.autograd.grad(filled, list(x.values()), grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(clean, filled)
+    assert all(torch.equal(a, b) for a, b in zip(clean_grads, filled_grads, strict=True))
+
+
+@every_device
+def test_sentinels_contribute_nothing(kernel, device):
+    """Ids >= E (expert parallelism): as if the choice had weight zero, and no gradient to its weight."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True)
+    absent = torch.zeros(63, 2, dtype=torch.bool)
+    absent[::4] = True
+    absent[1::4, 1] = True
+    x = {name: tensor.float().to(device).requires_grad_() for name, tensor in case.tensors.items()}
+    y = {name: tensor.detach().clone().requires_grad_() for name, tensor in x.items()}
+    out = _call(kernel, x, case.top_k_index.masked_fill(absent, 5).to(device), expert_parallel=True)
+    out.backward(case.grad.float().to(device))
+    mask = absent.to(device)
+    weights = y["top_k_weights"].masked_fill(mask, 0.0)
+    want = _call(kernel, {**y, "top_k_weights": weights}, case.top_k_index.to(device))
+    want.backward(case.grad.float().to(device))
+    pairs = {name: (x[name].grad, y[name].grad) for name in x}
+    assert_close({"output": (out, want), **pairs}, 1e-6)
+    assert not x["top_k_weights"].grad[mask].any()
+    assert not out[::4].any() and not x["hidden_states"].grad[::4].any()
+
+
+@every_device
+def test_strides(kernel, device):
+    """Weights, inputs and adapters of any strides: slices, transposes, expanded tensors, offsets."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
+    want = case.run(kernel, kernel.reference.moe_mlp, device, reference=True)
+    x = {name: tensor.float().to(device) for name, tensor in case.tensors.items()}
+    wide = torch.randn(63, 100, device=device)
+    wide[:, 7:87:2] = x["hidden_states"]
+    x["hidden_states"] = wide[:, 7:87:2]
+    x["gate_up_proj"] = torch.cat([x["gate_up_proj"], x["gate_up_proj"]], 2)[..., :40]
+    x["down_proj"] = x["down_proj"].mT.contiguous().mT
+    x["gate_up_B"] = x["gate_up_B"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    x["top_k_weights"] = x["top_k_weights"].t().contiguous().t()
+    index = case.top_k_index.t().contiguous().t().to(device)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    out = _call(kernel, leaves, index)
+    out.backward(case.grad.float().to(device))
+    assert_close({"output": (out, want["output"]), **{n: (leaves[n].grad, want[f"d {n}"]) for n in leaves}}, 1e-6)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in x.items()}
+    out = _call(kernel, leaves, index)
+    out.sum().backward()  # an expanded gradient, of strides zero
+    ones = torch.autograd.grad(_call(kernel, leaves, index), leaves["gate_up_A"], torch.ones_like(out))[0]
+    assert torch.equal(leaves["gate_up_A"].grad, ones)
+
+
+@every_device
+def test_int32_ids_and_repeated_experts(kernel, device):
+    """int32 ids are as good as int64; a token may choose an expert twice (`torch.randint` routing in the wild)."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
+    case.top_k_index = torch.randint(0, 5, (63, 2), dtype=torch.int32)
+    case.top_k_index[:9, 1] = case.top_k_index[:9, 0]
+    case.check(kernel, device)
+
+
+@every_device
+def test_forward_without_gradients_is_the_same(kernel, device, dtype):
+    case = Case(63, 40, 24, 5, 2, 4, dtype=dtype, has_bias=True)
+    x = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in case.tensors.items()}
+    index = case.top_k_index.to(device)
+    trained = _call(kernel, x, index)
+    with torch.no_grad():
+        assert torch.equal(_call(kernel, x, index), trained)
+    with torch.inference_mode():
+        assert torch.equal(_call(kernel, x, index), trained)
+
+
+@every_device
+def test_autocast(kernel, device):
+    """Under autocast hidden states may be float32 and weights half precision, or all float32: each gives its own."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float16, adapter_dtype=torch.float32)
+    x = {name: tensor.to(device, torch.float16) for name, tensor in case.tensors.items()}
+    x = {name: tensor.float() if name.endswith(("_A", "_B", "states")) else tensor for name, tensor in x.items()}
+    index = case.top_k_index.to(device)
+    want = case.run(kernel, kernel.reference.moe_mlp, device, reference=True)
+    full = {name: tensor.float() for name, tensor in x.items()}
+    full_want = _call(kernel, full, index)
+    leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = _call(kernel, leaves, index)
+        assert torch.equal(_call(kernel, full, index), full_want), "float32 weights compute in float32"
+    assert out.dtype == torch.float32
+    out.backward(case.grad.float().to(device))
+    pairs = {name: (leaf.grad, want[f"d {name}"]) for name, leaf in leaves.items()}
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+    assert_close({"output": (out, want["output"]), **pairs}, 1.5e-3)
+
+
+def test_cpu_autocast_of_a_float32_model(kernel):
+    """Autocast must not reach into the CPU backend's products."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.check(kernel, torch.device("cpu"))
+
+
+@every_device
+def test_double_backward_is_refused(kernel, device):
+    case = Case(5, 40, 24, 5, 2, 4, dtype=torch.float32)
+    x = {name: tensor.float().to(device).requires_grad_() for name, tensor in case.tensors.items()}
+    out = _call(kernel, x, case.top_k_index.to(device))
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), x["hidden_states"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_float64_on_the_cpu(kernel):
+    Case(63, 40, 24, 5, 2, 4, dtype=torch.float64, has_bias=True).check(kernel, torch.device("cpu"))
+
+
+def test_gradcheck(kernel):
+    """The definition itself, and the hand-written backward, against finite differences."""
+    case = Case(3, 4, 3, 3, 2, 2, dtype=torch.float64, has_bias=True)
+    names = list(case.tensors)
+    leaves = [case.tensors[name].requires_grad_() for name in names]
+
+    def call(function, *tensors):
+        return _call(kernel, dict(zip(names, tensors, strict=True)), case.top_k_index, function)
+
+    assert torch.autograd.gradcheck(lambda *t: call(kernel.reference.moe_mlp, *t), leaves)
+    assert torch.autograd.gradcheck(lambda *t: call(kernel.moe_mlp, *t), leaves, nondet_tol=0.0)
+
+
+def test_compiles_without_a_graph_break(kernel):
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
+    compiled = torch.compile(lambda x, i: _call(kernel, x, i), fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (63, 62, 17):
+        leaves = {name: tensor.float().clone() for name, tensor in case.tensors.items()}
+        for name in ("hidden_states", "top_k_weights"):
+            leaves[name] = leaves[name][:T]
+        leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+        out = compiled(leaves, case.top_k_index[:T])
+        want = _call(kernel, leaves, case.top_k_index[:T])
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+        wants = torch.autograd.grad(want.sum(), list(leaves.values()))
+        assert torch.equal(out, want) and all(torch.equal(a, b) for a, b in zip(grads, wants, strict=True))
+
+
+def test_bound_catches_a_wrong_result(kernel):
+    """The yardstick itself: a one-percent error and a NaN must not pass."""
+    value = torch.randn(50, 50)
+    assert relative_error(value * 1.01, value) > 9e-3
+    for wrong in (value * 1.01, value.clone().fill_(float("nan"))):
+        with pytest.raises(AssertionError):
+            assert_close({"x": (wrong, value)}, 8e-3)
+
+
+def _call(kernel, tensors, index, function=None, **options):
+    rest = dict(tensors)
+    for projection in ("gate_up", "down"):
+        if f"{projection}_A" in rest:
+            A, B = rest.pop(f"{projection}_A"), rest.pop(f"{projection}_B")
+            rest[f"{projection}_lora"] = kernel.ExpertLoRA(A, B, 0.5 if projection == "gate_up" else 2.0)
+    return (function or kernel.moe_mlp)(**rest, top_k_index=index, **options)
