@@ -14,8 +14,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PYTHON_RUN ?= $(VENV_PYTHON)
 
-# The script that needs a GPU, if the tree has one, and the arguments of the fine-tuning example.
-GPU_SCRIPT ?= $(wildcard scripts/gpu_check.py)
+# The arguments of the fine-tuning example.
 FINETUNE_ARGS ?=
 
 STAMP := $(VENV)/installed
@@ -53,7 +52,8 @@ lint: $(READY)
 
 test: lint build
 	$(PYTHON_RUN) scripts/build.py --check
-	$(LOCAL) $(PYTHON_RUN) -m pytest tests -m "not gpu" -n 2
+	$(LOCAL) $(PYTHON_RUN) -m pytest tests -n 2
+	$(LOCAL) $(PYTHON_RUN) -m pytest tests --device interpreter -n 2
 
 test-gpu: $(READY)
 	@gpu=$$($(PYTHON_RUN) -c 'import torch; print(torch.accelerator.is_available())') || exit 1; \
@@ -64,8 +64,9 @@ test-gpu: $(READY)
 	else \
 		set -ex; \
 		$(PYTHON_RUN) scripts/build.py; \
-		$(LOCAL) $(PYTHON_RUN) -m pytest tests -m gpu; \
-		for script in $(GPU_SCRIPT); do $(LOCAL) $(PYTHON_RUN) $$script; done; \
+		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m every_device -n 8; \
+		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m gpu; \
+		$(LOCAL) $(PYTHON_RUN) scripts/gpu_check.py; \
 	fi
 
 finetune: build

@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/scattermoe-lora"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the registry of real models' sizes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -35,10 +35,10 @@ def assert_close(named: dict[str, tuple[Tensor, Tensor]], bound: float) -> None:
 def random_routing(T: int, E: int, k: int, generator: torch.Generator, pattern: str) -> Tensor:
     """``[T, k]`` distinct experts a token: ``uniform``, ``hot`` (expert 0 in every token), ``empty`` (half unused)."""
     usable = max(k, E // 2) if pattern == "empty" else E
-    scores = torch.rand(T, usable, generator=generator)
+    scores = torch.rand(T, usable, generator=generator, device=generator.device)
     if pattern == "hot":
         scores[:, 0] = 2.0
-    return scores.topk(k, dim=1).indices if T else torch.empty(0, k, dtype=torch.int64)
+    return scores.topk(k, dim=1).indices if T else torch.empty(0, k, dtype=torch.int64, device=generator.device)
 
 
 @dataclass
@@ -61,14 +61,15 @@ class Case:
     scalings: tuple[float, float] = (0.5, 2.0)
     adapter_dtype: torch.dtype | None = None
     frozen: Sequence[str] = ()
+    home: torch.device = torch.device("cpu")  # where the float64 tensors live and the definition runs
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(20)
+        generator = torch.Generator(self.home).manual_seed(20)
         adapter = self.adapter_dtype or self.dtype
 
         def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(dtype).double()
+            return (torch.randn(*shape, generator=generator, device=self.home) * scale).to(dtype).double()
 
         N = 2 * self.I if self.has_gate else self.I
         up = normal(self.E, N, self.H, scale=self.H**-0.5)
@@ -79,7 +80,7 @@ class Case:
             "hidden_states": normal(self.T, self.H),
             "gate_up_proj": up,
             "down_proj": down,
-            "top_k_weights": torch.rand(self.T, self.k, generator=generator).to(self.dtype).double(),
+            "top_k_weights": torch.rand(self.T, self.k, generator=generator, device=self.home).to(self.dtype).double(),
         }
         if self.has_bias:
             self.tensors["gate_up_proj_bias"] = normal(self.E, N)
@@ -98,14 +99,14 @@ class Case:
         leaves = {}
         for name, tensor in self.tensors.items():
             dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype
-            leaf = tensor.clone() if reference else tensor.to(device, dtype, copy=True)
+            leaf = tensor.detach() if reference else tensor.to(device, dtype, copy=True)
             leaves[name] = leaf.requires_grad_(name not in self.frozen)
         arguments = dict(leaves)
         if self.r:
             for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True):
                 A, B = arguments.pop(f"{projection}_A"), arguments.pop(f"{projection}_B")
                 arguments[f"{projection}_lora"] = kernel.ExpertLoRA(A, B, scaling)
-        where = torch.device("cpu") if reference else device
+        where = self.home if reference else device
         out = function(
             **arguments,
             top_k_index=self.top_k_index.to(where),

@@ -46,13 +46,13 @@ def moe_mlp(
     gate_up_proj = merge_lora(gate_up_proj, gate_up_lora)
     down_proj = merge_lora(down_proj, down_lora)
     out = torch.zeros_like(hidden_states)
-    for e in range(gate_up_proj.shape[0]):
+    for e, (w_up, w_down) in enumerate(zip(gate_up_proj.unbind(), down_proj.unbind(), strict=True)):
         token, choice = torch.where(top_k_index == e)
-        h = hidden_states[token] @ gate_up_proj[e]
+        h = hidden_states[token] @ w_up
         if gate_up_proj_bias is not None:
             h = h + gate_up_proj_bias[e]
         a = activation(h) if callable(activation) else activate(h, activation, has_gate, is_concatenated)
-        y = a @ down_proj[e]
+        y = a @ w_down
         if down_proj_bias is not None:
             y = y + down_proj_bias[e]
         out = out.index_add(0, token, y * top_k_weights[token, choice, None])
@@ -70,9 +70,9 @@ def parallel_linear(
     """``y[s] = inputs[s] @ W[expert_idxs[s]] + bias``: ``inputs [S, in]``, ``W [E, in, out]`` to ``[S, out]``."""
     weights = merge_lora(expert_weights, lora)
     out = inputs.new_zeros(inputs.shape[0], weights.shape[2])
-    for e in range(weights.shape[0]):
+    for e, weight in enumerate(weights.unbind()):
         rows = torch.where(expert_idxs == e)[0]
-        y = inputs[rows] @ weights[e]
+        y = inputs[rows] @ weight
         if expert_biases is not None:
             y = y + expert_biases[e]
         out = out.index_add(0, rows, y)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""What `make test-gpu` runs after the tests: errors, times and memory at real sizes, and the fine-tuning example.
+
+    python scripts/gpu_check.py [--out benchmarks/results] [--no-finetune]
+
+Prints a table and writes a JSON file named by date and GPU. Without a GPU it says so loudly and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from cases import MODELS, Model  # noqa: E402
+from numerics import Case, relative_error  # noqa: E402
+
+MIB = 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
+    parser.add_argument("--no-finetune", action="store_true", help="leave the fine-tuning example out")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("SKIPPED: this machine has no GPU. Nothing was checked.", file=sys.stderr)
+        return 0
+
+    from kernels import get_kernel
+
+    kernel = get_kernel("org/scattermoe-lora", version=1)
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "kernel": kernel.__name__,
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "kernels")},
+        "errors": [],
+        "times": [],
+    }
+    print(f"{result['gpu']}, {result['versions']}\n")
+    print("Relative error against float64, T = 2048, r = 16, base frozen")
+    for model in MODELS.values():
+        for dtype in (torch.bfloat16, torch.float16):
+            row = {"model": model.name, "dtype": str(dtype), "T": 2048, **_errors(kernel, model, 2048, dtype)}
+            result["errors"].append(row)
+            print("  ", "  ".join(f"{k} {v:.1e}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+    print("\nTime (median ms) and memory (MiB), bfloat16, r = 16, base frozen")
+    for model in MODELS.values():
+        row = {"model": model.name, "T": 8192, **_times(kernel, model, 8192)}
+        result["times"].append(row)
+        print("  ", "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+    if not options.no_finetune:
+        result["finetune"] = _finetune()
+        print(f"\nscripts/finetune.py on the GPU: {json.dumps(result['finetune'])}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"{result['date']}-{result['gpu'].lower().replace(' ', '-')}-check.json"
+    (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten: {options.out / name}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _case(model: Model, T: int, dtype: torch.dtype) -> Case:
+    return Case(
+        T,
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_experts,
+        model.top_k,
+        16,
+        dtype=dtype,
+        is_transposed=model.is_transposed,
+        is_concatenated=model.is_concatenated,
+        has_bias=model.has_bias,
+        scalings=(2.0, 2.0),
+        frozen=("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+        home=torch.device("cuda"),
+    )
+
+
+def _errors(kernel: ModuleType, model: Model, T: int, dtype: torch.dtype) -> dict[str, float]:
+    case = _case(model, T, dtype)
+    got = case.run(kernel, kernel.moe_mlp, case.home, reference=False)
+    want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)
+    return {name: relative_error(got[name], want[name]) for name in want}
+
+
+def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
+    case = _case(model, T, torch.bfloat16)
+    x = {name: t.to(torch.bfloat16).requires_grad_(name not in case.frozen) for name, t in case.tensors.items()}
+    case.tensors = {}  # the float64 originals are not part of what is measured
+    loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
+    flags = {"is_transposed": model.is_transposed, "is_concatenated": model.is_concatenated}
+    grad = case.grad.to(torch.bfloat16)
+    leaves = [*x.values(), *(factor for lora in loras.values() for factor in (lora.A, lora.B))]
+
+    def forward() -> torch.Tensor:
+        return kernel.moe_mlp(**x, **loras, **flags, top_k_index=case.top_k_index)
+
+    def step() -> None:
+        forward().backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    row = {"forward": _median_ms(forward), "step": _median_ms(step)}
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = forward()
+    row["held"] = (torch.cuda.memory_allocated() - before) / MIB
+    out.backward(grad)
+    row["peak"] = (torch.cuda.max_memory_allocated() - before) / MIB
+    row["TFLOP/s"] = 2 * model.forward_flops(T) / row["step"] / 1e9
+    return row
+
+
+def _median_ms(function: Callable[[], Any], repeats: int = 15) -> float:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _finetune() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--device", "cuda", "--dtype", "bfloat16", "--output-dir", folder]
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "finetune.py"), *arguments], check=True)
+        return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,442 @@
+"""Real transformers classes, with and without PEFT: `kernelize`, the experts implementation, layers of `kernels`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+
+import kernels
+import peft.tuners.lora.layer as peft_layer
+import pytest
+import torch
+from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub, use_kernel_mapping
+from numerics import assert_close
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import FAMILIES, loss_and_grads, targets, tiny_model, tokens, wrap
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+BOUND = 1e-5
+
+
+class Ran(TorchDispatchMode):
+    """Counts the kernel's ops and PEFT's merges that run inside it: the proof of which forward it was."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.merges = 0
+        for proxy in (peft_layer._LoraFactorsProxy, peft_layer._LoraParameterProxy):
+            monkeypatch.setattr(proxy, "forward", self._counted(proxy.forward))
+
+    def _counted(self, forward):
+        def counting(proxy, weight):
+            self.merges += 1
+            return forward(proxy, weight)
+
+        return counting
+
+    def __enter__(self) -> Ran:
+        self.ops.clear()
+        self.merges = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scattermoe_lora" in func.namespace:
+            self.ops[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Ran:
+    return Ran(monkeypatch)
+
+
+def moe_layers(model) -> int:
+    return sum(hasattr(module, "down_proj") and hasattr(module, "is_transposed") for module in model.modules())
+
+
+def check_same(got, want, bound: float = BOUND) -> None:
+    (logits, grads), (want_logits, want_grads) = got, want
+    assert grads.keys() == want_grads.keys()
+    assert_close({"logits": (logits, want_logits), **{n: (grads[n], want_grads[n]) for n in want_grads}}, bound)
+
+
+@pytest.mark.every_device
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral"])
+def test_peft_kernelized(kernel, device, ran, family, when):
+    """Adapters before or after `kernelize`: PEFT's own logits and gradients, from the fused ops, without a merge."""
+    ids = tokens().to(device)
+    model = tiny_model(family).to(device)
+    want = loss_and_grads(wrap(copy.deepcopy(model), family), ids)
+    if when == "before":
+        kernel.kernelize(model)
+    model = wrap(model, family)
+    if when == "after":
+        kernel.kernelize(model)
+    with ran:
+        got = loss_and_grads(model, ids)
+    check_same(got, want)
+    assert len(got[1]) == 4 * moe_layers(model), "two factors of two projections in every layer have a gradient"
+    assert ran.ops == {"moe_mlp_forward": moe_layers(model), "moe_mlp_backward": moe_layers(model)}
+    assert ran.merges == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoe", "gpt_oss"])
+def test_more_families(kernel, ran, family):
+    """Shared experts, group-limited routing, transposed interleaved biased weights with the module's own gate."""
+    ids = tokens()
+    model = tiny_model(family)
+    want = loss_and_grads(wrap(copy.deepcopy(model), family), ids)
+    model = wrap(model, family)
+    report = kernel.kernelize(model)
+    assert len(report.switched) == moe_layers(model) and not report.left
+    assert report.switched[0].activation == ("own" if family == "gpt_oss" else "silu")
+    with ran:
+        got = loss_and_grads(model, ids)
+    check_same(got, want)
+    forward = "parallel_linear_forward" if family == "gpt_oss" else "moe_mlp_forward"
+    assert ran.ops[forward] == moe_layers(model) * (2 if family == "gpt_oss" else 1)
+    assert ran.merges == 0
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_full_fine_tuning(kernel, ran, family):
+    """No PEFT: every parameter trains, experts and router among them, as in the untouched model."""
+    ids = tokens()
+    model = tiny_model(family)
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    kernel.kernelize(model)
+    with ran:
+        got = loss_and_grads(model, ids)
+    check_same(got, want)
+    assert ran.ops
+    assert any("gate_up_proj" in name for name in got[1])
+
+
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_one_projection(kernel, ran, projection):
+    ids = tokens()
+    model = tiny_model("mixtral")
+    only = [f"mlp.experts.{projection}"]
+    want = loss_and_grads(wrap(copy.deepcopy(model), "mixtral", only), ids)
+    model = wrap(model, "mixtral", only)
+    report = kernel.kernelize(model)
+    assert all(entry.lora == (projection,) for entry in report.switched)
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert ran.merges == 0 and ran.ops["moe_mlp_forward"] == 2
+
+
+def test_lora_beside_the_experts(kernel, ran):
+    """Attention, router and experts adapted together; rsLoRA's scaling; ranks that are no power of two."""
+    ids = tokens()
+    model = tiny_model("qwen3_moe")
+    changes = {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "r": 3}
+    parameters = [*targets("qwen3_moe"), "mlp.gate.weight"]
+    want = loss_and_grads(wrap(copy.deepcopy(model), "qwen3_moe", parameters, **changes), ids)
+    model = wrap(model, "qwen3_moe", parameters, **changes)
+    kernel.kernelize(model)
+    with ran:
+        got = loss_and_grads(model, ids)
+    check_same(got, want)
+    assert ran.ops["moe_mlp_forward"] == 2
+
+
+def test_report(kernel):
+    model = wrap(tiny_model("qwen3_moe"), "qwen3_moe")
+    report = kernel.kernelize(model)
+    assert [entry.name for entry in report.switched] == [
+        f"base_model.model.model.layers.{i}.mlp.experts" for i in range(2)
+    ]
+    assert all(entry.lora == ("gate_up_proj", "down_proj") for entry in report.switched)
+    text = str(report)
+    assert "2 experts modules switched, 2 of them with LoRA" in text
+    assert "layers.1.mlp.experts (Qwen3MoeExperts): LoRA on gate_up_proj, down_proj" in text
+    assert str(kernel.kernelize(model)) == text, "a second call changes nothing"
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
+
+
+def test_a_model_without_experts_is_an_error(kernel):
+    config = AutoConfig.for_model("llama", hidden_size=32, intermediate_size=24, num_hidden_layers=1, vocab_size=64)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no experts module"):
+        kernel.kernelize(AutoModelForCausalLM.from_config(config))
+
+
+def test_quantised_experts_are_left(kernel):
+    model = tiny_model("mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = torch.nn.Parameter(second.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+    report = kernel.kernelize(model)
+    assert [entry.name for entry in report.switched] == ["model.layers.0.mlp.experts"]
+    assert report.left == (("model.layers.1.mlp.experts", "its down_proj is quantised (torch.float8_e4m3fn)"),)
+    assert "left as it was: model.layers.1.mlp.experts" in str(report)
+    first.down_proj = torch.nn.Parameter(first.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised"):
+        kernel.kernelize(model)
+
+
+def test_adapters_switch_disable_and_merge(kernel, ran):
+    """A second adapter, a disabled one (DPO's reference), a merged one, a deleted one: PEFT's own results."""
+    ids = tokens()
+
+    def build():
+        model = wrap(tiny_model("qwen3_moe"), "qwen3_moe")
+        torch.manual_seed(6)
+        model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+        return model.eval()
+
+    stock, fused = build(), build()
+    kernel.kernelize(fused)
+
+    def compare(merges: int | None = 0) -> None:
+        with torch.no_grad():
+            want = stock(input_ids=ids).logits
+            with ran:
+                got = fused(input_ids=ids).logits
+        assert_close({"logits": (got, want)}, BOUND)
+        assert ran.ops, "the fused experts ran"
+        assert merges is None or ran.merges == merges
+
+    compare()
+    for model in (stock, fused):
+        model.set_adapter("second")
+    compare()
+    with stock.disable_adapter(), fused.disable_adapter():
+        compare()
+    for model in (stock, fused):
+        model.merge_adapter()
+    compare()
+    for model in (stock, fused):
+        model.unmerge_adapter()
+    compare()
+    for model in (stock, fused):
+        model.base_model.set_adapter(["default", "second"])
+    compare(merges=None)  # two at once: PEFT's own forward merges them
+    for model in (stock, fused):
+        model.base_model.set_adapter("default")
+        model.delete_adapter("second")
+    compare()
+
+
+def test_train_eval_and_generate(kernel, ran):
+    model = wrap(tiny_model("qwen3_moe"), "qwen3_moe").eval()
+    ids = tokens(1, 5)
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)
+    kernel.kernelize(model)
+    for mode in (True, False):
+        model.train(mode)
+        with ran, torch.no_grad():
+            model(input_ids=ids)
+        assert ran.ops["moe_mlp_forward"] == 2
+    with ran:
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), want)
+    assert ran.ops["moe_mlp_forward"] > 10
+
+
+def test_router_logits_and_aux_loss(kernel):
+    ids = tokens()
+    model = tiny_model("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
+    want = model(input_ids=ids, labels=ids)
+    kernel.kernelize(model)
+    got = model(input_ids=ids, labels=ids)
+    assert len(got.router_logits) == len(want.router_logits) == 2
+    pairs = {f"router {i}": pair for i, pair in enumerate(zip(got.router_logits, want.router_logits, strict=True))}
+    assert_close({"aux": (got.aux_loss, want.aux_loss), "loss": (got.loss, want.loss), **pairs}, BOUND)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(kernel, use_reentrant):
+    ids = tokens()
+    model = wrap(tiny_model("qwen3_moe"), "qwen3_moe")
+    kernel.kernelize(model)
+    want_logits, want = loss_and_grads(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    logits, grads = loss_and_grads(model, ids)
+    assert torch.equal(logits, want_logits)
+    assert grads.keys() == want.keys() and all(torch.equal(grads[name], want[name]) for name in want)
+
+
+def test_fp32_adapters_on_a_bf16_base(kernel):
+    """PEFT's default for half precision bases, with and without autocast: gradients are float32, close to PEFT's."""
+    ids = tokens()
+    model = wrap(tiny_model("qwen3_moe").to(torch.bfloat16), "qwen3_moe")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    fused = copy.deepcopy(model)
+    kernel.kernelize(fused)
+    exact = wrap(tiny_model("qwen3_moe").to(torch.bfloat16).float(), "qwen3_moe")
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    want_logits, want = loss_and_grads(exact, ids)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            _, grads = loss_and_grads(fused, ids)
+            _, stock = loss_and_grads(model, ids)
+        for name, grad in grads.items():
+            assert grad.dtype == torch.float32 and grad.shape == want[name].shape
+            ours, theirs = ((g - want[name]).norm() / want[name].norm() for g in (grad, stock[name]))
+            # bfloat16 moves tokens across routing ties, for PEFT as for us: no worse than half as much again.
+            assert ours <= max(1.5 * theirs, 0.05), (name, enabled, float(ours), float(theirs))
+
+
+def test_adapter_saves_and_loads_in_stock_peft(kernel, tmp_path):
+    """Nothing of the kernel is saved: the files are those of an untouched PEFT model, bit for bit, and load there."""
+    ids = tokens()
+    stock, fused = (wrap(tiny_model("mixtral"), "mixtral").eval() for _ in range(2))
+    kernel.kernelize(fused)
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    stock.save_pretrained(tmp_path / "stock")
+    fused.save_pretrained(tmp_path / "fused")
+    names = sorted(path.name for path in (tmp_path / "stock").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "fused").iterdir())
+    for name in names:
+        if name.endswith((".safetensors", ".json")):
+            assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes(), name
+    loaded = PeftModel.from_pretrained(tiny_model("mixtral"), tmp_path / "fused").eval()
+    saved = load_file(tmp_path / "fused" / "adapter_model.safetensors")
+    assert saved and all(".lora_" in name for name in saved)
+    with torch.no_grad():
+        assert_close({"logits": (fused(input_ids=ids).logits, loaded(input_ids=ids).logits)}, BOUND)
+    kernel.kernelize(loaded)
+    with torch.no_grad():
+        assert torch.equal(fused(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    fused.base_model.model.save_pretrained(tmp_path / "base")
+    assert "scattermoe" not in (tmp_path / "base" / "config.json").read_text()
+
+
+def test_experts_implementation(kernel, ran):
+    """`register`, then transformers' own switches; PEFT's own forward runs, and the factors reach the kernel."""
+    assert kernel.register() == "scattermoe_lora"
+    ids = tokens()
+    want = loss_and_grads(wrap(tiny_model("mixtral"), "mixtral"), ids)
+    config = tiny_model("mixtral").config
+    chosen = AutoModelForCausalLM.from_config(config, experts_implementation="scattermoe_lora")
+    chosen.load_state_dict(tiny_model("mixtral").state_dict())
+    switched = tiny_model("mixtral")
+    switched.set_experts_implementation("scattermoe_lora")
+    for model in (chosen, switched):
+        model = wrap(model, "mixtral")
+        with ran:
+            check_same(loss_and_grads(model, ids), want)
+        assert ran.ops == {"moe_mlp_forward": 2, "moe_mlp_backward": 2}
+
+
+def test_hooks_on_the_experts_still_run(kernel):
+    """A user's hook on the experts (or accelerate's offloading) is not bypassed by the fused wrapper."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    kernel.kernelize(model)
+    seen = []
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.experts.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
+    check_same(loss_and_grads(model, ids), want)
+    assert len(seen) == 2
+
+
+def test_copies_are_independent(kernel):
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral").eval()
+    kernel.kernelize(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        with model.disable_adapter():
+            want = model(input_ids=ids).logits
+        assert_close({"logits": (twin(input_ids=ids).logits, want)}, BOUND)
+
+
+@pytest.fixture
+def mapped(kernel):
+    """Maps a class to one of the kernel's layers as `kernels` does, and takes the mark off the class afterwards."""
+    marked = []
+    root = Path(kernel.__file__).parent.parent.parent
+
+    def switch(model, classes):
+        mapping = {}
+        for cls, layer in classes.items():
+            replace_kernel_forward_from_hub(cls, f"Test{cls.__name__}")
+            marked.append(cls)
+            mapping[f"Test{cls.__name__}"] = {"cpu": LocalLayerRepository(repo_path=root, layer_name=layer)}
+        with use_kernel_mapping(mapping, inherit_mapping=False):
+            kernels.kernelize(model, mode=Mode.TRAINING, device="cpu", use_fallback=True)
+
+    yield switch
+    for cls in marked:
+        del cls.kernel_layer_name, cls.kernel_condition
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_layers_for_experts(mapped, ran, family):
+    """`ScatterMoEExperts` and `ScatterMoEParamWrapper`, swapped in by `kernels.kernelize`."""
+    ids = tokens()
+    model = wrap(tiny_model(family), family)
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    experts = type(model.base_model.model.model.layers[0].mlp.experts.get_base_layer())
+    mapped(model, {experts: "ScatterMoEExperts", peft_layer.ParamWrapper: "ScatterMoEParamWrapper"})
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert ran.ops and ran.merges == 0
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3"])
+def test_layer_for_blocks(mapped, ran, family, with_peft):
+    """`HFScatterMoEGatedMLP` returns exactly what each block returns, shared experts and router records included."""
+    ids = tokens()
+    model = tiny_model(family)
+    if with_peft:
+        model = wrap(model, family)
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    layers = (model.base_model.model if with_peft else model).model.layers
+    mapped(model, {type(layers[-1].mlp): "HFScatterMoEGatedMLP"})
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert ran.ops["moe_mlp_forward"] == moe_layers(model) and ran.merges == 0
+
+
+def test_layer_for_granite_style_blocks(kernel, mapped, ran):
+    """`ScatterMoEGatedMLP` on `router.layer`, `input_linear`, `output_linear`, against a loop over tokens."""
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.top_k, self.num_experts = torch.nn.Linear(20, 6, bias=False), 2, 6
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.activation = Router(), torch.nn.SiLU()
+            self.input_linear = kernel.ParallelExperts(6, 20, 2 * 12)
+            self.output_linear = kernel.ParallelExperts(6, 12, 20)
+
+        def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros_like(layer_input)
+            for b, sequence in enumerate(layer_input):
+                for t, token in enumerate(sequence):
+                    top, experts = self.router.layer(token).topk(2)
+                    for weight, e in zip(top.softmax(0), experts, strict=True):
+                        gate, up = (self.input_linear.weight[e] @ token).chunk(2)
+                        out[b, t] += weight * (self.output_linear.weight[e] @ (self.activation(gate) * up))
+            return out
+
+    torch.manual_seed(0)
+    block = Block()
+    x = torch.randn(2, 7, 20)
+    want = block(x)
+    want_grads = torch.autograd.grad(want.square().sum(), list(block.parameters()))
+    mapped(block, {Block: "ScatterMoEGatedMLP"})
+    with ran:
+        got = block(x)
+    grads = torch.autograd.grad(got.square().sum(), list(block.parameters()))
+    pairs = {str(i): pair for i, pair in enumerate(zip(grads, want_grads, strict=True))}
+    assert_close({"output": (got, want), **pairs}, BOUND)
+    assert ran.ops["moe_mlp_forward"] == 1
