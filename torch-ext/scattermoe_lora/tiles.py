@@ -1,10 +1,22 @@
-"""The one rule that picks tile sizes: from rows per expert, operand width and the GPU's shared memory. No sweep."""
+"""Tile sizes: a table for the GPUs that were measured (`tile_tables/`), and one rule for everything else. No sweep."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a tile depends on: ``sm_90`` or ``gfx942``, shared memory of one block in bytes, processors."""
+
+    architecture: str
+    shared_memory: int
+    processors: int
 
 
 @dataclass(frozen=True)
@@ -16,10 +28,11 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    programs_per_processor: int = 1
 
     def shared_memory(self, element_size: int) -> int:
         """Bytes that the software pipeline keeps: both operands' blocks for each stage in flight."""
-        return (self.block_m + self.block_n) * self.block_k * element_size * max(1, self.num_stages - 1)
+        return (self.block_m + self.block_n) * self.block_k * element_size * max(1, self.num_stages)
 
 
 def next_power_of_2(n: int) -> int:
@@ -35,53 +48,68 @@ def block_m(num_slots: int, num_experts: int) -> int:
     return min(128, max(16, next_power_of_2(num_slots // max(1, num_experts))))
 
 
-def gemm_tile(rows: int, columns: int, dtype: torch.dtype, shared_memory: int) -> Tile:
-    """The grouped GEMM's tile for ``rows`` (from `block_m`) and ``columns`` of output."""
-    size = dtype.itemsize
-    tile = Tile(
+def num_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
+    """A bound on the row tiles of any routing: full ones, and one that is not for each group (E and no expert)."""
+    return min(num_slots, (num_slots + (num_experts + 1) * (block_m - 1)) // block_m)
+
+
+def gemm_tile(epilogue: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The grouped GEMM's tile, for an epilogue, rows (from `block_m`) and columns of output."""
+    rule = Tile(
         block_m=rows,
         block_n=min(128, max(32, next_power_of_2(columns))),
-        block_k=64 if size <= 2 else 32,
+        block_k=64 if dtype.itemsize <= 2 else 32,
         num_warps=8 if rows >= 128 else 4,
         num_stages=4,
     )
-    return _fit(tile, size, shared_memory)
+    return _choose(f"gemm {epilogue} {rows}", rule, columns, dtype, gpu)
 
 
-def shrink_tile(rows: int, rank: int, dtype: torch.dtype, shared_memory: int) -> Tile:
+def shrink_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The shrink's tile: all of a padded rank up to 128 columns, so that its input is read once."""
-    size = dtype.itemsize
-    tile = Tile(
+    rule = Tile(
         block_m=min(64, rows),
         block_n=min(128, max(16, next_power_of_2(rank))),
-        block_k=128 if size <= 2 else 64,
+        block_k=128 if dtype.itemsize <= 2 else 64,
         num_warps=4,
         num_stages=3,
     )
-    return _fit(tile, size, shared_memory)
+    return _choose(f"shrink {rows}", rule, rank, dtype, gpu)
 
 
-def gram_tile(left: int, right: int, dtype: torch.dtype, shared_memory: int) -> Tile:
+def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The gram's tile: ``block_m`` by ``block_n`` of one expert's output, ``block_k`` rows a step."""
-    size = dtype.itemsize
-    tile = Tile(
+    rule = Tile(
         block_m=min(128, max(16, next_power_of_2(left))),
         block_n=min(128, max(16, next_power_of_2(right))),
-        block_k=64 if size <= 2 else 32,
+        block_k=64 if dtype.itemsize <= 2 else 32,
         num_warps=4 if right <= 64 else 8,
         num_stages=3,
     )
-    return _fit(tile, size, shared_memory)
+    return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)
+
+
+def _choose(key: str, rule: Tile, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The table's tile if it has one for the key (16-bit operands only), else the rule's; either made to fit."""
+    row = table(gpu.architecture).get(key, {}) if dtype.itemsize == 2 else {}
+    tile = replace(rule, **row)
+    # The table's tiles were measured on wide outputs: a narrow one needs no more columns than it has.
+    tile = replace(tile, block_n=min(tile.block_n, max(16, next_power_of_2(columns))))
+    return _fit(tile, dtype.itemsize, gpu.shared_memory)
 
 
 def _fit(tile: Tile, element_size: int, shared_memory: int) -> Tile:
     """Fewer stages, then a shallower step, until the pipeline fits into ``shared_memory`` bytes."""
-    stages, block_k = tile.num_stages, tile.block_k
-    while True:
-        fitted = Tile(tile.block_m, tile.block_n, block_k, tile.num_warps, stages)
-        if fitted.shared_memory(element_size) <= shared_memory or block_k == 16:
-            return fitted
-        if stages > 2:
-            stages -= 1
+    while tile.shared_memory(element_size) > shared_memory and tile.block_k > 16:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
         else:
-            block_k //= 2
+            tile = replace(tile, block_k=tile.block_k // 2)
+    return tile
+
+
+@functools.cache
+def table(architecture: str) -> dict[str, dict[str, int]]:
+    """An architecture's measured tiles by kernel and rows: what differs from the rule. Empty without a file."""
+    path = Path(__file__).parent / "tile_tables" / f"{architecture}.json"
+    return json.loads(path.read_text())["tiles"] if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""What the launchers ask of a device: its shared memory, and to be current while a kernel is launched on it."""
+"""What the launchers ask of a device: what it can do, and to be current while a kernel is launched on it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import functools
 import torch
 from torch import Tensor
 
+from ..tiles import Gpu
+
 
 @functools.cache
-def _shared_memory(device_type: str, index: int | None) -> int:
-    if device_type == "cuda":
-        properties = torch.cuda.get_device_properties(index)
-        # What a block may opt into, on NVIDIA; AMD has one limit.
-        return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
-    return 64 * 1024
+def _gpu(device_type: str, index: int | None) -> Gpu:
+    if device_type != "cuda":
+        return Gpu("unknown", 64 * 1024, 8)  # XPU, and the CPU tensors of Triton's interpreter
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.partition(":")[0]
+        return Gpu(architecture, properties.shared_memory_per_block, properties.multi_processor_count)
+    # A block may opt into more than the 48 KB that it gets unasked; what torch calls it is in no stub.
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(f"sm_{properties.major}{properties.minor}", shared_memory, properties.multi_processor_count)
 
 
-def shared_memory(tensor: Tensor) -> int:
-    """Bytes of shared memory that one block may use on the tensor's GPU; 64 KiB where torch doesn't tell."""
-    return _shared_memory(tensor.device.type, tensor.device.index)
+def gpu(tensor: Tensor) -> Gpu:
+    """The tensor's GPU, looked up once."""
+    return _gpu(tensor.device.type, tensor.device.index)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, on_device, shared_memory
+from .device import dot_precision, gpu, on_device
 from .rows import operand_rows
 
 
@@ -88,7 +88,7 @@ def gram(
     num_experts, P, Q = out.shape
     if out.numel() == 0:
         return out
-    tile = tiles.gram_tile(P, Q, left.dtype, shared_memory(left))
+    tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     with on_device(left):
         _gram_kernel[(num_experts * triton.cdiv(P, tile.block_m), triton.cdiv(Q, tile.block_n))](
             left,

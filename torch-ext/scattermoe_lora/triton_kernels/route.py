@@ -67,7 +67,10 @@ def _schedule_kernel(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """tiles[i] = (expert, first row): experts in order, each cut into BLOCK_M rows; the last group is of no expert."""
+    """tiles[1 + i] = (expert, first row): experts in order, each cut into BLOCK_M rows; last the rows of none.
+
+    tiles[0] = how many tiles the experts have, and how many with those of no expert.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e = tl.arange(0, GROUPS)
     start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= num_experts), other=0).to(tl.int32)
@@ -79,10 +82,12 @@ def _schedule_kernel(
     expert = tl.sum(before.to(tl.int32), axis=1)
     first = tl.sum(tl.where(before, count[None, :], 0), axis=1)
     base = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0).to(tl.int32)
-    used = expert <= num_experts
-    row = tl.where(used, base + (i - first) * BLOCK_M, 0)
-    tl.store(tiles_ptr + i * 2, tl.where(used, expert, -1), mask=i < num_tiles)
-    tl.store(tiles_ptr + i * 2 + 1, row, mask=i < num_tiles)
+    used = (i < num_tiles) & (expert <= num_experts)
+    tl.store(tiles_ptr + 2 + i * 2, expert, mask=used)
+    tl.store(tiles_ptr + 3 + i * 2, base + (i - first) * BLOCK_M, mask=used)
+    if tl.program_id(0) == 0:
+        tl.store(tiles_ptr, tl.sum(tl.where(e < num_experts, count, 0)))
+        tl.store(tiles_ptr + 1, tl.sum(count))
 
 
 def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,27 +120,22 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 
-def num_tiles(num_slots: int, num_experts: int) -> int:
-    """A bound on the row tiles of any routing: full ones, and one that is not for each group (E and no expert)."""
-    block_m = tiles.block_m(num_slots, num_experts)
-    return min(num_slots, (num_slots + (num_experts + 1) * (block_m - 1)) // block_m)
-
-
 def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
-    """The row tiles of a routing: int32 ``[num_tiles, 2]`` of (expert, first grouped row); see `Routing.tiles`."""
+    """The row tiles of a routing, int32 ``[n, 2]``; see `Routing.tiles`."""
     num_experts = expert_offsets.shape[0]
-    n = num_tiles(num_slots, num_experts)
-    schedule = torch.empty(n, 2, dtype=torch.int32, device=expert_offsets.device)
-    if n:
+    block_m = tiles.block_m(num_slots, num_experts)
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
+    schedule = torch.empty(1 + num_tiles, 2, dtype=torch.int32, device=expert_offsets.device)
+    if num_tiles:
         block = 64
         with on_device(expert_offsets):
-            _schedule_kernel[(triton.cdiv(n, block),)](
+            _schedule_kernel[(triton.cdiv(num_tiles, block),)](
                 expert_offsets,
                 schedule,
                 num_slots,
-                n,
+                num_tiles,
                 num_experts,
-                BLOCK_M=tiles.block_m(num_slots, num_experts),
+                BLOCK_M=block_m,
                 BLOCK=block,
                 GROUPS=tiles.next_power_of_2(num_experts + 1),
             )

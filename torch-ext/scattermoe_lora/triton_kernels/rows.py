@@ -6,18 +6,19 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(tiles_ptr, offsets_ptr, scattered_ptr, tile, num_slots, num_experts, BLOCK_M: tl.constexpr, skip):
-    """``(expert, rows, slots, mask)``: BLOCK_M rows of a scheduled tile, past its first ``skip`` ones.
+    """``(expert, first row, rows, slots, mask)``: BLOCK_M rows of a scheduled tile, past its first ``skip`` ones.
 
-    Expert -1 is an unused entry of the schedule, expert num_experts owns the rows of no expert.
+    Expert num_experts owns the rows of no expert. Rows past the group's end are out of the mask and repeat its first
+    row, so that they may be read.
     """
-    expert = tl.load(tiles_ptr + tile * 2)
-    rows = tl.load(tiles_ptr + tile * 2 + 1) + skip + tl.arange(0, BLOCK_M)
-    owned = (expert >= 0) & (expert < num_experts)
-    end = tl.load(offsets_ptr + expert, mask=owned, other=0).to(tl.int32)
+    expert = tl.load(tiles_ptr + 2 + tile * 2)
+    first_row = tl.load(tiles_ptr + 3 + tile * 2) + skip
+    end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
     end = tl.where(expert == num_experts, num_slots, end)
+    rows = first_row + tl.arange(0, BLOCK_M)
     mask = rows < end
-    slots = tl.load(scattered_ptr + rows, mask=mask, other=0)
-    return expert, rows.to(tl.int64), slots, mask
+    rows = tl.where(mask, rows, tl.minimum(first_row, num_slots - 1))
+    return expert, first_row, rows.to(tl.int64), tl.load(scattered_ptr + rows), mask
 
 
 @triton.jit

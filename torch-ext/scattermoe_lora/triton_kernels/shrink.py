@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, on_device, shared_memory
+from .device import dot_precision, gpu, on_device
 from .rows import operand_rows, tile_rows
 
 
@@ -40,12 +40,19 @@ def _shrink_kernel(
 ):
     # A scheduled tile may be cut into several programs: this product wants more of them, and fewer rows each.
     parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-    pid = tl.program_id(0)
-    expert, rows, slots, mask = tile_rows(
-        tiles_ptr, offsets_ptr, scattered_ptr, pid // parts, num_slots, num_experts, BLOCK_M, (pid % parts) * BLOCK_M
-    )
-    if (expert < 0) | (expert >= num_experts):
+    tile = tl.program_id(0) // parts
+    if tile >= tl.load(tiles_ptr):
         return
+    expert, _, rows, slots, mask = tile_rows(
+        tiles_ptr,
+        offsets_ptr,
+        scattered_ptr,
+        tile,
+        num_slots,
+        num_experts,
+        BLOCK_M,
+        (tl.program_id(0) % parts) * BLOCK_M,
+    )
     dtype: tl.constexpr = factor_ptr.dtype.element_ty
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
@@ -54,7 +61,7 @@ def _shrink_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
         kk = (start + k).to(tl.int64)
-        x = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=mask[:, None] & (kk < K)[None, :], other=0.0)
+        x = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=(kk < K)[None, :], other=0.0)
         f = tl.load(factor + kk[:, None] * stride_fk, mask=(kk < K)[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(x, f, acc, input_precision=PRECISION)
     out_rows = operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)
@@ -79,8 +86,9 @@ def shrink(
     if out.numel() == 0:
         return out
     scheduled_m = tiles.block_m(num_slots, num_experts)
-    tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, shared_memory(x))
-    grid = (routing.tiles.shape[0] * (scheduled_m // tile.block_m), triton.cdiv(R, tile.block_n))
+    tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, gpu(x))
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
+    grid = (num_tiles * (scheduled_m // tile.block_m), triton.cdiv(R, tile.block_n))
     with on_device(x):
         _shrink_kernel[grid](
             x,

@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Measures candidate tiles on the GPU at hand and rewrites its table, torch-ext/scattermoe_lora/tile_tables/.
+
+    python scripts/tune.py [--only gemm] [--rows 128] [--out DIR] [--workers 12]
+
+For every kernel and row-tile size, each candidate is timed at the sizes of real models; the one with the least
+geometric mean of times relative to the rule's tile is written, if it is better. Candidates are compiled in parallel
+first. Build before and after (`make build`): the kernel that is tuned, and the tables that it reads, are the build's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from cases import MODELS, Model  # noqa: E402
+
+DTYPE, RANK = torch.bfloat16, 16
+# Models and tokens whose mean rows per expert select a row tile.
+CASES = {
+    128: [("Qwen3-30B-A3B", 8192), ("GLM-4.5-Air", 8192), ("Mixtral-8x7B", 4096)],
+    64: [("Qwen3-30B-A3B", 1024), ("GLM-4.5-Air", 1024)],
+    32: [("Qwen3-30B-A3B", 512), ("GLM-4.5-Air", 512)],
+    16: [("Qwen3-30B-A3B", 16), ("Qwen3-30B-A3B", 256)],
+}
+GEMM = ("block_n", "block_k", "num_warps", "num_stages", "programs_per_processor")
+OTHER = ("block_m", "block_k", "num_warps", "num_stages")
+
+
+def candidates(kind: str, rows: int) -> list[dict[str, int]]:
+    """Tiles worth trying, as what they change in the rule's."""
+    values: list[tuple[int, ...]]
+    if kind == "gemm" and rows == 128:
+        values = [
+            (256, 64, 8, 3, 1),
+            (256, 64, 8, 4, 1),
+            (128, 64, 4, 3, 2),
+            (128, 64, 8, 3, 2),
+            (128, 64, 8, 4, 1),
+            (128, 128, 8, 3, 1),
+        ]
+    elif kind == "gemm" and rows == 64:
+        values = [
+            (256, 64, 4, 4, 1),
+            (256, 64, 8, 4, 1),
+            (128, 64, 4, 4, 2),
+            (128, 64, 4, 3, 3),
+            (128, 128, 4, 4, 1),
+            (128, 128, 4, 2, 2),
+        ]
+    elif kind == "gemm":
+        values = [
+            (128, 64, 4, 4, 2),
+            (128, 64, 4, 3, 3),
+            (128, 128, 4, 3, 2),
+            (128, 128, 4, 5, 1),
+            (64, 128, 4, 4, 2),
+            (64, 128, 4, 3, 4),
+            (64, 256, 4, 3, 2),
+        ]
+    elif kind == "shrink":
+        values = [
+            (m, k, w, s) for m in (32, 64, 128) if m <= rows for k, w, s in ((128, 4, 3), (64, 4, 4), (256, 4, 2))
+        ]
+        values = values or [(rows, 128, 4, 3), (rows, 256, 4, 3), (rows, 128, 2, 4)]
+    else:
+        values = [
+            (p, m, w, s) for p in (64, 128, 256) for m, w, s in ((64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 4))
+        ]
+    return [dict(zip(GEMM if kind == "gemm" else OTHER, value, strict=True)) for value in values]
+
+
+@dataclass
+class Layer:
+    """The tensors of one experts layer of a model, grouped as the kernels see them."""
+
+    kernel: Any
+    model: Model
+    tokens: int
+
+    def __post_init__(self) -> None:
+        m, E, r = self.model, self.model.num_experts, RANK
+        options: dict[str, Any] = {"device": "cuda", "dtype": DTYPE}
+        inner = lambda name: importlib.import_module(f"{self.kernel.__name__}.{name}")  # noqa: E731
+        self.run, Routing = inner("triton_kernels"), inner("types").Routing
+        H, I, S = m.hidden_size, m.intermediate_size, self.tokens * m.top_k  # noqa: E741
+        index = torch.rand(self.tokens, E, device="cuda").topk(m.top_k, dim=1).indices
+        _, scattered, offsets = self.run.route(index.reshape(-1), E)
+        self.routing = Routing(scattered, offsets, self.run.schedule(offsets, S))
+        self.x = torch.randn(self.tokens, H, **options)
+        self.up = torch.randn(E, 2 * I, H, **options) * H**-0.5
+        self.down = torch.randn(E, H, I, **options) * I**-0.5
+        self.A_up, self.B_up = torch.randn(E, r, H, **options), torch.randn(E, 2 * I, r, **options)
+        self.A_down, self.B_down = torch.randn(E, r, I, **options), torch.randn(E, H, r, **options)
+        self.h, self.a = torch.randn(S, 2 * I, **options), torch.randn(S, I, **options)
+        self.z = torch.randn(S, r, **options)
+        self.weights = torch.rand(S, device="cuda")
+
+    def calls(self, key: str) -> list[Callable[[], Any]]:
+        """The launches of a step that use the table's row ``key``."""
+        run, k, routing, z = self.run, self.model.top_k, self.routing, self.z
+        act = {"activation": "silu", "has_gate": True, "is_concatenated": True}
+        kind = key.rpartition(" ")[0] if not key.startswith("gram") else key
+        return {
+            "gemm ACT": [
+                lambda: run.grouped_gemm_act(self.x, self.up.mT, routing, x_fan_out=k, z=z, expand=self.B_up.mT, **act)
+            ],
+            "gemm ACT_GRAD": [
+                lambda: run.grouped_gemm_act_grad(
+                    self.x,
+                    self.down,
+                    routing,
+                    dout_fan_out=k,
+                    z=z,
+                    expand=self.A_down,
+                    h=self.h,
+                    h_fan_out=0,
+                    row_weights=self.weights,
+                    save_a=True,
+                    **act,
+                )
+            ],
+            "gemm STORE": [
+                lambda: run.grouped_gemm(
+                    self.a, self.down.mT, routing, x_fan_out=0, out_scattered=True, z=z, expand=self.B_down.mT
+                ),
+                lambda: run.grouped_gemm(
+                    self.h, self.up, routing, x_fan_out=0, out_scattered=True, z=z, expand=self.A_up
+                ),
+            ],
+            "shrink": [
+                lambda: run.shrink(self.x, self.A_up.mT, routing, x_fan_out=k, scale=1.0),
+                lambda: run.shrink(self.a, self.A_down.mT, routing, x_fan_out=0, scale=1.0),
+                lambda: run.shrink(self.x, self.B_down, routing, x_fan_out=k, scale=1.0),
+                lambda: run.shrink(self.h, self.B_up, routing, x_fan_out=0, scale=1.0),
+            ],
+            "gram narrow": [
+                lambda: run.gram(self.x, z, routing, torch.empty_like(self.A_up).mT, left_fan_out=k),
+                lambda: run.gram(self.h, z, routing, torch.empty_like(self.B_up), left_fan_out=0),
+                lambda: run.gram(
+                    self.a, z, routing, torch.empty_like(self.A_down).mT, left_fan_out=0, row_weights=self.weights
+                ),
+            ],
+        }[kind]
+
+
+def keys(only: str, rows: list[int]) -> Iterator[tuple[str, str, int]]:
+    """(table key, kind, rows) of everything to tune."""
+    for r in rows:
+        for epilogue in ("ACT", "ACT_GRAD", "STORE"):
+            yield f"gemm {epilogue} {r}", "gemm", r
+        yield f"shrink {r}", "shrink", r
+    yield "gram narrow", "gram", 128
+
+
+def load() -> tuple[Any, Any]:
+    from kernels import get_kernel
+
+    kernel = get_kernel("org/scattermoe-lora", version=1)
+    return kernel, importlib.import_module(f"{kernel.__name__}.tiles")
+
+
+def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
+    """In a worker: launches a candidate once on a small layer, so that Triton's cache has it."""
+    try:
+        kernel, tiles = load()
+        model = Model("small", 16, 8, 2048, 768)
+        layer = Layer(kernel, model, 2 * rows)
+        tiles.table(architecture())[key] = tile
+        for call in layer.calls(key):
+            call()
+        torch.cuda.synchronize()
+        return ""
+    except Exception as error:  # a candidate that does not fit or compile is left out, and said so
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+def architecture() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="tune the keys that start with this")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--out", type=Path, default=ROOT / "torch-ext" / "scattermoe_lora" / "tile_tables")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: tuning needs a GPU", file=sys.stderr)
+        return 2
+    jobs = [
+        (key, rows, tile)
+        for key, kind, rows in keys(options.only, options.rows)
+        if key.startswith(options.only)
+        for tile in candidates(kind, rows)
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        failures = list(pool.map(compile_only, *zip(*jobs, strict=True)))
+    kernel, tiles = load()
+    table = tiles.table(architecture())
+    layers: dict[tuple[str, int], Layer] = {}
+    times: dict[str, list[tuple[dict[str, int], list[float]]]] = {}
+    for (key, rows, tile), failure in sorted(zip(jobs, failures, strict=True), key=lambda job: -job[0][1]):
+        if failure:
+            print(f"{key} {tile}: left out, {failure}")
+            continue
+        before = table.pop(key, None)
+        row = []
+        for name, tokens in CASES[rows]:
+            if (name, tokens) not in layers:
+                if any(other not in CASES[rows] for other in layers):
+                    layers.clear()
+                layers[name, tokens] = Layer(kernel, MODELS[name], tokens)
+            for call in layers[name, tokens].calls(key):
+                table[key] = tile
+                row.append(median_ms(call))
+        table.pop(key)
+        if before is not None:
+            table[key] = before
+        times.setdefault(key, []).append((tile, row))
+        print(f"{key:<18} {' '.join(map(str, tile.values())):<16} {' '.join(f'{t:.3f}' for t in row)}", flush=True)
+    for key, measured in times.items():
+        least = [min(column) for column in zip(*(row for _, row in measured), strict=True)]
+        best, row = min(measured, key=lambda entry: sum(map(math.log, entry[1])))
+        table[key] = best
+        print(
+            f"best {key:<18} {best}: {' '.join(f'{t:.3f}' for t in row)}, least {' '.join(f'{t:.3f}' for t in least)}"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "how": "measured by scripts/tune.py",
+        "gpu": torch.cuda.get_device_name(),
+        "tiles": dict(sorted(table.items())),
+    }
+    (options.out / f"{architecture()}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
