@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune a mixture-of-experts language model with LoRA on its experts, through the scattermoe-lora kernel.
 
-    python scripts/finetune.py                      a small model, on two CPU cores in a minute and a half
+    python scripts/finetune.py                      a small model, on one CPU core in under a minute and a half
     python scripts/finetune.py --model Qwen/Qwen3-30B-A3B-Base --data text.txt --seq-len 2048      on a GPU
 
 Without ``--model`` the script first trains a small Qwen3-MoE on the reference pages that ship with Python, and then
@@ -48,8 +48,8 @@ from transformers import (
 )
 
 # How far the logits with the kernel may lie from stock PEFT's, as ||a - b|| / ||b||. In 16 bits most of it is tokens
-# near a routing tie, which rounding sends to another expert.
-LOGITS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# near a routing tie, which rounding sends to another expert: 24 random layers gave 4e-7, 2.4e-2 and 7e-3.
+LOGITS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 # Of the small model. 2048 reached the same bits per character on the 360 kB of text, with more parameters.
 VOCABULARY = 1024
@@ -88,7 +88,7 @@ def python_reference() -> str:
 def installed_licences() -> str:
     """The licence texts of the installed distributions, in the order of their names."""
     texts = []
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
+    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower()):
         for file in sorted(distribution.files or [], key=str):
             if re.match(r"(licen[cs]e|copying|notice)", file.name.lower()) and file.suffix not in (".py", ".pyc"):
                 path = Path(str(file.locate()))
@@ -222,8 +222,11 @@ def train(model: Any, blocks: Tensor, args: argparse.Namespace, **settings: Any)
     arguments._n_gpu = min(1, arguments.n_gpu)  # Trainer would split a step over all GPUs that it sees
     rows: Any = [{"input_ids": row, "labels": row} for row in blocks]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     result = trainer.train()
-    tokens = trainer.state.global_step * args.batch_size * blocks.shape[1]
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes the autocast of fp16 off again
+    tokens = trainer.state.global_step * min(args.batch_size, len(blocks)) * blocks.shape[1]
     figures = {
         "loss": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         "seconds": result.metrics["train_runtime"],
@@ -339,14 +342,17 @@ def fine_tune(base: str, text: str, kernel: Any | None, args: argparse.Namespace
     ).eval()
     with torch.no_grad():
         expected = stock(input_ids=probe).logits.float()
-    difference = ((tuned - expected).norm() / expected.norm()).item()
-    print(f"Stock PEFT with the saved adapter: relative difference of the logits {difference:.1e}")
+        with stock.disable_adapter():
+            untuned = stock(input_ids=probe).logits.float()
+    difference, effect = (((logits - expected).norm() / expected.norm()).item() for logits in (tuned, untuned))
+    print(f"Stock PEFT with the saved adapter: logits within {difference:.1e}; the adapter moves them by {effect:.1e}")
     print(f"Sample: {sample(stock, tokenizer, held_out_text[0])!r}")
     return {
         "kernel": kernel is not None,
         "perplexity_before": before,
         "perplexity_after": after,
         "logits_difference": difference,
+        "adapter_effect": effect,
         **figures,
     }
 
@@ -388,7 +394,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=float, default=32, help="LoRA alpha (default: %(default)s)")
     add("--target-modules", nargs="+", default=[], metavar="NAME", help="linear layers too, such as q_proj")
     add("--lr", type=float, help="peak learning rate (default: 2e-4 with --model, else 5e-3)")
-    add("--epochs", type=float, default=3, help="passes over the text (default: %(default)s)")
+    add("--epochs", type=positive, default=3, help="passes over the text (default: %(default)s)")
     add("--max-steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
     add("--batch-size", type=positive, default=8, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=partial(positive, least=2), default=128, help="tokens in a row (default: %(default)s)")
@@ -399,7 +405,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
     add("--output-dir", type=Path, default=Path("finetune-output"), help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--pretrain-steps", type=positive, default=800, help="steps that make the small model (default: %(default)s)")
+    add("--pretrain-steps", type=positive, default=700, help="steps that make the small model (default: %(default)s)")
     add("--kernel-repo", default="org/scattermoe-lora", help="(default: %(default)s)")
     add("--kernel-version", type=int, default=1, help="(default: %(default)s)")
     add("--no-kernel", action="store_true", help="plain PEFT, for comparison")
@@ -410,7 +416,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.device = torch.device("cuda:0" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     args.adapter_dtype = getattr(torch, args.adapter_dtype)
-    args.lr = args.lr or (2e-4 if args.model else 5e-3)
+    if args.lr is None:
+        args.lr = 2e-4 if args.model else 5e-3
     return args
 
 
@@ -440,6 +447,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = None if args.no_kernel else load_kernel(args.kernel_repo, args.kernel_version)
         base = args.model
         if base is None:
+            # The small model's products are tiny: a second thread made it 1.6 times as fast on an idle machine, and 13
+            # times as slow where another process wanted that core.
+            torch.set_num_threads(1)
             base, figures["pre-training"] = make_base_model(args)
         figures["fine-tuning"] = fine_tune(base, text, kernel, args)
     except UserError as error:

@@ -183,7 +183,7 @@ def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
         kernel, tiles = load()
         model = Model("small", 16, 8, 2048, 768)
         layer = Layer(kernel, model, 2 * rows)
-        tiles.table(architecture())[key] = tile
+        choose(tiles, key, tile)
         for call in layer.calls(key):
             call()
         torch.cuda.synchronize()
@@ -192,22 +192,35 @@ def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
+def choose(tiles: Any, key: str, tile: dict[str, int] | None) -> None:
+    """Puts a tile into the table in memory, or takes it out."""
+    table = tiles.table(architecture())
+    if tile is None:
+        table.pop(key, None)
+    else:
+        table[key] = tile
+    for function in (tiles.gemm_tile, tiles.shrink_tile, tiles.gram_tile):
+        function.cache_clear()
+
+
 def architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 
 
 def median_ms(call: Callable[[], Any]) -> float:
+    """Of one call among five: a single short one would be timed by its launch."""
     for _ in range(2):
         call()
     times = []
-    for _ in range(7):
+    for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for _ in range(5):
+            call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / 5)
     return statistics.median(times)
 
 
@@ -238,7 +251,7 @@ def main() -> int:
         if failure:
             print(f"{key} {tile}: left out, {failure}")
             continue
-        before = table.pop(key, None)
+        before = table.get(key)
         row = []
         for name, tokens in CASES[rows]:
             if (name, tokens) not in layers:
@@ -246,11 +259,9 @@ def main() -> int:
                     layers.clear()
                 layers[name, tokens] = Layer(kernel, MODELS[name], tokens)
             for call in layers[name, tokens].calls(key):
-                table[key] = tile
+                choose(tiles, key, tile)
                 row.append(median_ms(call))
-        table.pop(key)
-        if before is not None:
-            table[key] = before
+        choose(tiles, key, before)
         times.setdefault(key, []).append((tile, row))
         print(f"{key:<18} {' '.join(map(str, tile.values())):<16} {' '.join(f'{t:.3f}' for t in row)}", flush=True)
     for key, measured in times.items():

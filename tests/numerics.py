@@ -95,7 +95,7 @@ class Case:
         self.grad = normal(self.T, self.H)
 
     def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
-        """Output and gradients of `function`: in float64 for the reference, else in the case's dtypes on the device."""
+        """Output and gradients of `function`: in float64 for the reference, else in its dtypes on the device."""
         leaves = {}
         for name, tensor in self.tensors.items():
             dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype

@@ -57,6 +57,33 @@ class Arguments:
         self.tensor(f"{name}.A", lora.A, ("E", f"{name} rank", in_symbol), FLOATS)
         self.tensor(f"{name}.B", lora.B, ("E", out_symbol, f"{name} rank"), FLOATS)
 
+    def expert_major(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float, in_symbol: str, out_symbol: str
+    ) -> ExpertLoRA:
+        """Checks expert-major factors, ``lora_A [E * r, in]``, ``lora_B [out, E * r]``, and views them by expert."""
+        self.tensor("lora_A", lora_A, ("E * r", in_symbol), FLOATS)
+        self.tensor("lora_B", lora_B, (out_symbol, "E * r"), FLOATS)
+        return ExpertLoRA.from_expert_major(lora_A, lora_B, self.size("E"), scaling)
+
+    def optional_expert_major(
+        self, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, in_symbol: str, out_symbol: str
+    ) -> ExpertLoRA | None:
+        """The same of factors that may be left out, both or neither."""
+        if lora_A is None and lora_B is None:
+            return None
+        if lora_A is None or lora_B is None:
+            missing = "lora_A" if lora_A is None else "lora_B"
+            raise ValueError(f"{self.function}: lora_A and lora_B must be given both or neither; {missing} is None")
+        return self.expert_major(lora_A, lora_B, scaling, in_symbol, out_symbol)
+
+    def count(self, name: str, value: object) -> int:
+        """Checks a count: an int of at least 1."""
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{self.function}: {name} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise self.fail(name, "at least 1", value)
+        return value
+
     def size(self, symbol: str) -> int:
         return self.sizes[symbol][0]
 

@@ -53,11 +53,14 @@ def scatter2scatter_lora(
     out: Tensor | None = None,
 ) -> Tensor:
     """`scatter2scatter` with ``+ scaling * B_e (A_e x)``: ``lora_A [E * r, K]``, ``lora_B [N, E * r]``."""
-    args, routing = _arguments("scatter2scatter", X, W, sorted_expert_idxs, sorted_scattered_idxs, k, x_grouped)
+    args = Arguments("scatter2scatter" if lora_A is lora_B is None else "scatter2scatter_lora")
+    args.tensor("X", X, ("rows", "K"), FLOATS)
+    args.tensor("W", W, ("E", "K", "N"), (X.dtype,))
+    _check(args, "X", sorted_expert_idxs, sorted_scattered_idxs, k, x_grouped, out, "N", X.dtype)
     if b is not None:
         args.tensor("b", b, ("E", "N"), FLOATS)
-    lora = _lora(args, lora_A, lora_B, scaling, "K", "N")
-    return _gemm(args, X, W, routing, k, lora, b, x_grouped, y_grouped, out)
+    lora = args.optional_expert_major(lora_A, lora_B, scaling, "K", "N")
+    return _gemm(X, W, sorted_expert_idxs, sorted_scattered_idxs, k, lora, b, x_grouped, y_grouped, out)
 
 
 def scatter2scatter_lora_dX(
@@ -82,21 +85,23 @@ def scatter2scatter_lora_dX(
     Returns:
         ``[S, K]``, in grouped order if ``dx_grouped``.
     """
-    name = "scatter2scatter_lora_dX"
-    args, routing = _arguments(name, DY, W.mT, sorted_expert_idxs, sorted_scattered_idxs, k, dy_grouped)
-    lora = _lora(args, lora_A, lora_B, scaling, "N", "K")
-    assert lora is not None
+    args = Arguments("scatter2scatter_lora_dX")
+    args.tensor("DY", DY, ("rows", "N"), FLOATS)
+    args.tensor("W", W, ("E", "K", "N"), (DY.dtype,))
+    _check(args, "DY", sorted_expert_idxs, sorted_scattered_idxs, k, dy_grouped, out, "K", DY.dtype)
+    lora = args.expert_major(lora_A, lora_B, scaling, "K", "N")
     swapped = ExpertLoRA(lora.B.mT, lora.A.mT, scaling)
-    return _gemm(args, DY, W.mT, routing, k, swapped, None, dy_grouped, dx_grouped, out)
+    return _gemm(DY, W.mT, sorted_expert_idxs, sorted_scattered_idxs, k, swapped, None, dy_grouped, dx_grouped, out)
 
 
 def single2scatter(X: Tensor, W: Tensor, expert_idxs: Tensor) -> Tensor:
     """One token through its experts: ``X [1, K]``, ``W [E, K, N]``, ``expert_idxs [1, k]``; returns ``[k, N]``."""
     args = Arguments("single2scatter")
-    args.tensor("X", X, ("1", "K"), FLOATS)
-    args.tensor("expert_idxs", expert_idxs, ("1", "k"), INTEGERS)
+    args.tensor("X", X, ("tokens", "K"), FLOATS)
     if X.shape[0] != 1:
         raise args.fail("X", "one token, [1, K]", f"shape {tuple(X.shape)}")
+    args.tensor("W", W, ("E", "K", "N"), (X.dtype,))
+    args.tensor("expert_idxs", expert_idxs, ("tokens", "k"), INTEGERS)
     sorted_expert_idxs, sorted_scattered_idxs, _ = ops.route(expert_idxs.reshape(-1), W.shape[0])
     return scatter2scatter(X, W, sorted_expert_idxs, sorted_scattered_idxs, expert_idxs.shape[1])
 
@@ -119,11 +124,15 @@ def group(
     args = Arguments("group")
     args.tensor("A", A, ("rows", "N"), FLOATS)
     args.tensor("sorted_expert_idxs", sorted_expert_idxs, ("S",), INTEGERS)
-    if fan_out < 1 or args.size("rows") * fan_out != args.size("S"):
+    args.count("fan_out", fan_out)
+    if args.size("rows") * fan_out != args.size("S"):
         raise args.fail("A", f"[S / fan_out, N] with S = {args.size('S')}, fan_out = {fan_out}", tuple(A.shape))
+    if coeff is not None:
+        coeff = args.tensor("coeff", coeff.reshape(-1) if isinstance(coeff, Tensor) else coeff, ("S",), FLOATS)
+    if out is not None:
+        args.tensor("out", out, ("S", "N"), (A.dtype,))
     rows = A.index_select(0, sorted_expert_idxs // fan_out)
     if coeff is not None:
-        coeff = args.tensor("coeff", coeff.reshape(-1), ("S",), FLOATS)
         rows = (rows * coeff.index_select(0, sorted_expert_idxs)[:, None]).to(A.dtype)
     return rows if out is None else out.copy_(rows)
 
@@ -132,7 +141,8 @@ def group_bwd_W(
     DY: Tensor, X: Tensor, expert_offsets: Tensor, E: int, has_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Weight gradients: ``DY [S, N]`` and ``X [S, K]`` in grouped order give ``(DW [E, K, N], Db [E, N] or None)``."""
-    args, routing = _grouped_arguments("group_bwd_W", DY, X, expert_offsets, E)
+    _check_grouped("group_bwd_W", DY, X, expert_offsets, E)
+    routing = _grouped_routing(X, expert_offsets)
     run = backend.of(X)
     DW = X.new_empty(E, X.shape[1], DY.shape[1])
     run.gram(X, DY, routing, DW, left_fan_out=0)
@@ -147,9 +157,9 @@ def group_bwd_lora(
     DY: Tensor, X: Tensor, lora_A: Tensor, lora_B: Tensor, expert_offsets: Tensor, E: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Adapter gradients: ``DY [S, N]``, ``X [S, K]`` in grouped order give ``(dA [E * r, K], dB [N, E * r])``."""
-    args, routing = _grouped_arguments("group_bwd_lora", DY, X, expert_offsets, E)
-    lora = _lora(args, lora_A, lora_B, scaling, "K", "N")
-    assert lora is not None
+    args = _check_grouped("group_bwd_lora", DY, X, expert_offsets, E)
+    lora = args.expert_major(lora_A, lora_B, scaling, "K", "N")
+    routing = _grouped_routing(X, expert_offsets)
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
@@ -161,55 +171,52 @@ def group_bwd_lora(
     return dA, dB
 
 
-def _arguments(
-    function: str,
-    X: Tensor,
-    W: Tensor,
+def _check(
+    args: Arguments,
+    name: str,
     sorted_expert_idxs: Tensor,
     sorted_scattered_idxs: Tensor,
     k: int,
     grouped: bool,
-) -> tuple[Arguments, Routing]:
-    args = Arguments(function)
-    args.tensor("X", X, ("rows", "K"), FLOATS)
-    args.tensor("W", W, ("E", "K", "N"), (X.dtype,))
+    out: Tensor | None,
+    width: str,
+    dtype: torch.dtype,
+) -> None:
+    """What the scatter2scatter functions have in common, once their operand ``name`` and W are checked."""
+    args.count("k", k)
+    if args.size("E") == 0:
+        raise args.fail("W", "of at least one expert", "shape with E = 0")
     args.tensor("sorted_expert_idxs", sorted_expert_idxs, ("S",), INTEGERS)
     args.tensor("sorted_scattered_idxs", sorted_scattered_idxs, ("S",), INTEGERS)
-    if k < 1 or args.size("rows") * (1 if grouped else k) != args.size("S"):
+    if args.size("rows") * (1 if grouped else k) != args.size("S"):
+        inner = "K" if name == "X" else "N"
         got = f"{args.size('rows')} rows for k = {k} and S = {args.size('S')}"
-        raise args.fail("X", "[S, K] if grouped else [S / k, K]", got)
-    experts = torch.arange(args.size("E"), device=X.device, dtype=sorted_expert_idxs.dtype)
-    offsets = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
-    return args, Routing(sorted_scattered_idxs, offsets, backend.of(X).schedule(offsets, args.size("S")))
+        raise args.fail(name, f"[S, {inner}] if grouped else [S / k, {inner}]", got)
+    if out is not None:
+        args.tensor("out", out, ("S", width), (dtype,))
+        if not out.is_contiguous():
+            raise args.fail("out", "contiguous", f"strides {out.stride()}")
 
 
-def _grouped_arguments(
-    function: str, DY: Tensor, X: Tensor, expert_offsets: Tensor, E: int
-) -> tuple[Arguments, Routing]:
+def _check_grouped(function: str, DY: Tensor, X: Tensor, expert_offsets: Tensor, E: int) -> Arguments:
     args = Arguments(function)
-    args.bind("E", E, "the argument E")
+    args.bind("E", args.count("E", E), "the argument E")
     args.tensor("X", X, ("S", "K"), FLOATS)
     args.tensor("DY", DY, ("S", "N"), (X.dtype,))
     args.tensor("expert_offsets", expert_offsets, ("E",), INTEGERS)
-    rows = torch.arange(args.size("S"), device=X.device)
-    return args, Routing(rows, expert_offsets, backend.of(X).schedule(expert_offsets, args.size("S")))
+    return args
 
 
-def _lora(
-    args: Arguments, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, in_symbol: str, out_symbol: str
-) -> ExpertLoRA | None:
-    if lora_A is None or lora_B is None:
-        return None
-    lora = ExpertLoRA.from_expert_major(lora_A, lora_B, args.size("E"), scaling)
-    args.lora("lora", lora, in_symbol, out_symbol)
-    return lora
+def _grouped_routing(X: Tensor, expert_offsets: Tensor) -> Routing:
+    rows = torch.arange(X.shape[0], device=X.device)
+    return Routing(rows, expert_offsets, backend.of(X).schedule(expert_offsets, X.shape[0]))
 
 
 def _gemm(
-    args: Arguments,
     X: Tensor,
     W: Tensor,
-    routing: Routing,
+    sorted_expert_idxs: Tensor,
+    sorted_scattered_idxs: Tensor,
     k: int,
     lora: ExpertLoRA | None,
     b: Tensor | None,
@@ -217,11 +224,10 @@ def _gemm(
     y_grouped: bool,
     out: Tensor | None,
 ) -> Tensor:
-    if out is not None:
-        args.tensor("out", out, ("S", "N"), (X.dtype,))
-        if not out.is_contiguous():
-            raise args.fail("out", "contiguous", f"strides {out.stride()}")
     run = backend.of(X)
+    experts = torch.arange(W.shape[0], device=X.device, dtype=sorted_expert_idxs.dtype)
+    offsets = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
+    routing = Routing(sorted_scattered_idxs, offsets, run.schedule(offsets, sorted_scattered_idxs.shape[0]))
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:

@@ -96,7 +96,7 @@ def moe_mlp(
             activation,
             args,
         )
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise args.fail("activation", f"a function or one of {', '.join(ACTIVATIONS)}", repr(activation))
 
     tensors = (
@@ -161,6 +161,7 @@ def _composed(
         x, w_up, k, scattered_idxs, expert_offsets, lora=gate_up_lora, bias=gate_up_proj_bias, grouped_out=True
     )
     a = activation(h)
+    args.bind("S", h.shape[0], "h")
     args.tensor("activation(h)", a, ("S", "I"), (h.dtype,))
     out = expert_linear(
         a,

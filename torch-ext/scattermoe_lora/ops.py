@@ -201,7 +201,7 @@ def moe_mlp_backward(
     need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
     need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
     need_a = need_down or need_down_A
-    grads = [_empty(x) for _ in needs]
+    grads = [_empty(hidden_states) for _ in needs]
 
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=k, scale=down_scaling)
@@ -402,7 +402,7 @@ def parallel_linear_backward(
     routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
     A_in, B_in = _lora(A, B, dtype)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
-    grads = [_empty(x) for _ in needs]
+    grads = [_empty(inputs) for _ in needs]
 
     u = None
     if B_in is not None and (need_x or need_A or need_gates):

@@ -110,12 +110,7 @@ def parallel_linear_lora(
     args = Arguments("parallel_linear_lora")
     _check(args, inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, grouped_in)
     _check_rest(args, expert_biases, gates, grouped_out)
-    lora = None
-    if lora_A is not None and lora_B is not None:
-        lora = ExpertLoRA.from_expert_major(lora_A, lora_B, args.size("E"), scaling)
-        args.lora("lora", lora, "in", "out")
-    elif lora_A is not None or lora_B is not None:
-        raise ValueError("parallel_linear_lora: lora_A and lora_B must be given both or neither")
+    lora = args.optional_expert_major(lora_A, lora_B, scaling, "in", "out")
     return expert_linear(
         inputs,
         expert_weights,
@@ -179,12 +174,11 @@ def _check(
     expert_offsets: Tensor,
     grouped_in: bool,
 ) -> None:
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"{args.function}: k must be an int, got {type(k).__name__}")
-    if k < 1:
-        raise args.fail("k", "at least 1", k)
+    args.count("k", k)
     args.tensor("inputs", inputs, ("rows", "in"), FLOATS)
     args.tensor("expert_weights", expert_weights, ("E", "in", "out"), FLOATS)
+    if args.size("E") == 0:
+        raise args.fail("expert_weights", "of at least one expert", f"shape {tuple(expert_weights.shape)}")
     args.tensor("sorted_scattered_idxs", sorted_scattered_idxs, ("S",), INTEGERS)
     args.tensor("sorted_expert_idxs", sorted_expert_idxs, ("S",), INTEGERS)
     args.tensor("expert_offsets", expert_offsets, ("E",), INTEGERS)

@@ -125,8 +125,16 @@ def _split_factors(
         if factor.dim() != 2:
             shape = "[E * r, in]" if name == "lora_A" else "[out, E * r]"
             raise ValueError(f"{name} must be {shape}, got shape {tuple(factor.shape)}")
+        if not factor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {factor.dtype}")
+    if lora_A.device != lora_B.device:
+        raise ValueError(f"lora_A and lora_B must be on one device, got {lora_A.device} and {lora_B.device}")
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        raise TypeError(f"num_experts must be an int, got {type(num_experts).__name__} {num_experts!r}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     width = lora_A.shape[0]
-    if num_experts < 1 or width != lora_B.shape[1] or width % num_experts or width == 0:
+    if width != lora_B.shape[1] or width % num_experts or width == 0:
         raise ValueError(
             f"lora_A [E * r, in] and lora_B [out, E * r] must share E * r, a positive multiple of E = {num_experts}; "
             f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from .device import on_device
+from .launch import launch
 
 
 @triton.jit
@@ -58,18 +58,20 @@ def combine(
     if out.numel() == 0:
         return out
     block_n = min(1024, tiles.next_power_of_2(N))
-    with on_device(y):
-        _combine_kernel[(num_tokens, triton.cdiv(N, block_n))](
-            y,
-            weights,
-            expert_ids,
-            out,
-            N,
-            num_experts,
-            FAN_OUT=fan_out,
-            HAS_WEIGHTS=weights is not None,
-            HAS_IDS=expert_ids is not None,
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
+    launch(
+        _combine_kernel,
+        (num_tokens, tiles.cdiv(N, block_n)),
+        y,
+        weights,
+        expert_ids,
+        out,
+        N,
+        num_experts,
+        FAN_OUT=fan_out,
+        HAS_WEIGHTS=weights is not None,
+        HAS_IDS=expert_ids is not None,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=1,
+    )
     return out

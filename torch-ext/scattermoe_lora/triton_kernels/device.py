@@ -1,8 +1,7 @@
-"""What the launchers ask of a device: what it can do, and to be current while a kernel is launched on it."""
+"""What the launchers ask of a device: its architecture, shared memory and processors."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -27,13 +26,6 @@ def _gpu(device_type: str, index: int | None) -> Gpu:
 def gpu(tensor: Tensor) -> Gpu:
     """The tensor's GPU, looked up once."""
     return _gpu(tensor.device.type, tensor.device.index)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU current: Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

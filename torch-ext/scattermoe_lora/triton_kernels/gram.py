@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, gpu, on_device
+from .device import dot_precision, gpu
+from .launch import launch
 from .rows import operand_rows
 
 
@@ -89,28 +90,29 @@ def gram(
     if out.numel() == 0:
         return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
-    with on_device(left):
-        _gram_kernel[(num_experts * triton.cdiv(P, tile.block_m), triton.cdiv(Q, tile.block_n))](
-            left,
-            right,
-            row_weights,
-            out,
-            routing.expert_offsets,
-            routing.scattered_idxs,
-            P,
-            Q,
-            *left.stride(),
-            *((0, 0) if right is None else right.stride()),
-            *out.stride(),
-            LEFT_FAN_OUT=left_fan_out,
-            RIGHT_FAN_OUT=right_fan_out,
-            HAS_RIGHT=right is not None,
-            HAS_WEIGHTS=row_weights is not None,
-            BLOCK_P=tile.block_m,
-            BLOCK_Q=tile.block_n,
-            BLOCK_M=tile.block_k,
-            PRECISION=dot_precision(left.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        _gram_kernel,
+        (num_experts * tiles.cdiv(P, tile.block_m), tiles.cdiv(Q, tile.block_n)),
+        left,
+        right,
+        row_weights,
+        out,
+        routing.expert_offsets,
+        routing.scattered_idxs,
+        P,
+        Q,
+        *left.stride(),
+        *((0, 0) if right is None else right.stride()),
+        *out.stride(),
+        LEFT_FAN_OUT=left_fan_out,
+        RIGHT_FAN_OUT=right_fan_out,
+        HAS_RIGHT=right is not None,
+        HAS_WEIGHTS=row_weights is not None,
+        BLOCK_P=tile.block_m,
+        BLOCK_Q=tile.block_n,
+        BLOCK_M=tile.block_k,
+        PRECISION=dot_precision(left.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out

@@ -26,7 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tiles
 from ..types import Routing
 from .activations import act, act_grad
-from .device import dot_precision, gpu, on_device
+from .device import dot_precision, gpu
+from .launch import launch
 from .rows import operand_rows, tile_rows
 
 # Row tiles that share a sweep over the columns, so that a weight block is read from L2 and not again from memory.
@@ -118,7 +119,7 @@ def _grouped_gemm_kernel(
     H_FAN_OUT: tl.constexpr,
     OUT_SCATTERED: tl.constexpr,
     ZERO_TAIL: tl.constexpr,
-    HAS_LORA: tl.constexpr,
+    LORA_STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -175,10 +176,10 @@ def _grouped_gemm_kernel(
                 )
                 acc = tl.dot(xk, wk, acc, input_precision=PRECISION)
 
-            if HAS_LORA:
+            if LORA_STEPS > 0:
                 expand_column = expand_ptr + e * stride_ee + column * stride_en
-                for start in range(0, R, BLOCK_R):
-                    r = start + tl.arange(0, BLOCK_R)
+                for step in tl.static_range(LORA_STEPS):
+                    r = step * BLOCK_R + tl.arange(0, BLOCK_R)
                     z = tl.load(z_ptr + rows[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
                     b = tl.load(
                         expand_column[None, :] + r[:, None].to(tl.int64) * stride_er, mask=(r < R)[:, None], other=0.0
@@ -355,61 +356,63 @@ def _launch(
         return
     tile = _tile(epilogue, routing, weight)
     rank = 0 if z is None else z.shape[1]
+    block_r = min(64, max(16, tiles.next_power_of_2(rank)))
     halves = 2 if epilogue == "ACT" and has_gate and is_concatenated else 1
     x_operand, x_tma = _x_operand(x, x_fan_out, tile)
     w_operand, w_tma = _w_operand(weight, halves, tile)
-    num_tiles = tiles.num_row_tiles(num_slots, num_experts, tile.block_m) * triton.cdiv(N, tile.block_n)
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, tile.block_m) * tiles.cdiv(N, tile.block_n)
     num_programs = min(num_tiles, gpu(x).processors * tile.programs_per_processor)
-    with on_device(x):
-        _grouped_gemm_kernel[(num_programs,)](
-            x_operand,
-            w_operand,
-            z,
-            expand,
-            bias,
-            out,
-            h,
-            a,
-            dot,
-            row_weights,
-            routing.tiles,
-            routing.expert_offsets,
-            routing.scattered_idxs,
-            num_slots,
-            num_experts,
-            N,
-            K,
-            rank,
-            *x.stride(),
-            *weight.stride(),
-            *((0, 0, 0) if expand is None else expand.stride()),
-            *((0, 0) if bias is None else bias.stride()),
-            *((0, 0) if h is None else h.stride()),
-            EPILOGUE=epilogue,
-            X_FAN_OUT=x_fan_out,
-            X_TMA=x_tma,
-            W_TMA=w_tma,
-            H_FAN_OUT=h_fan_out,
-            OUT_SCATTERED=out_scattered,
-            ZERO_TAIL=zero_tail,
-            HAS_LORA=z is not None,
-            HAS_BIAS=bias is not None,
-            ACTIVATION=activation,
-            HAS_GATE=has_gate,
-            CONCATENATED=is_concatenated,
-            STORE_H=h is not None,
-            STORE_A=a is not None,
-            STORE_DOT=dot is not None,
-            EVEN_K=K % tile.block_k == 0,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=min(64, max(16, tiles.next_power_of_2(rank))),
-            GROUP_M=GROUP_M,
-            PRECISION=dot_precision(weight.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        _grouped_gemm_kernel,
+        (num_programs,),
+        x_operand,
+        w_operand,
+        z,
+        expand,
+        bias,
+        out,
+        h,
+        a,
+        dot,
+        row_weights,
+        routing.tiles,
+        routing.expert_offsets,
+        routing.scattered_idxs,
+        num_slots,
+        num_experts,
+        N,
+        K,
+        rank,
+        *x.stride(),
+        *weight.stride(),
+        *((0, 0, 0) if expand is None else expand.stride()),
+        *((0, 0) if bias is None else bias.stride()),
+        *((0, 0) if h is None else h.stride()),
+        EPILOGUE=epilogue,
+        X_FAN_OUT=x_fan_out,
+        X_TMA=x_tma,
+        W_TMA=w_tma,
+        H_FAN_OUT=h_fan_out,
+        OUT_SCATTERED=out_scattered,
+        ZERO_TAIL=zero_tail,
+        LORA_STEPS=tiles.cdiv(rank, block_r),
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        HAS_GATE=has_gate,
+        CONCATENATED=is_concatenated,
+        STORE_H=h is not None,
+        STORE_A=a is not None,
+        STORE_DOT=dot is not None,
+        EVEN_K=K % tile.block_k == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=block_r,
+        GROUP_M=GROUP_M,
+        PRECISION=dot_precision(weight.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _tile(epilogue: str, routing: Routing, weight: Tensor) -> tiles.Tile:
@@ -515,7 +518,7 @@ def grouped_gemm_act_grad(
         # Zeros: slots of no expert have no tile to write theirs.
         parts = torch.zeros(
             num_slots,
-            triton.cdiv(N, _tile("ACT_GRAD", routing, weight).block_n),
+            tiles.cdiv(N, _tile("ACT_GRAD", routing, weight).block_n),
             dtype=torch.float32,
             device=weight.device,
         )

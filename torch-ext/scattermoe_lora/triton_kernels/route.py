@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from .device import on_device
+from .launch import launch
 
 # Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
 # registers a thread.
@@ -38,9 +38,21 @@ def _count_kernel(ids_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK
 
 @triton.jit
 def _place_kernel(
-    ids_ptr, counts_ptr, ends_ptr, sorted_ptr, scattered_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr
+    ids_ptr,
+    counts_ptr,
+    ends_ptr,
+    sorted_ptr,
+    scattered_ptr,
+    offsets_ptr,
+    num_slots,
+    num_blocks,
+    num_experts,
+    BLOCK: tl.constexpr,
 ):
-    """Each slot goes where its expert's earlier blocks end, plus its rank among the block's slots of that expert."""
+    """Each slot goes where its expert's earlier blocks end, plus its rank among the block's slots of that expert.
+
+    The first program also writes where each expert ends.
+    """
     block = tl.program_id(0)
     local = tl.arange(0, BLOCK)
     slots = block * BLOCK + local
@@ -54,6 +66,11 @@ def _place_kernel(
     row = end - count + rank
     tl.store(sorted_ptr + row, ids.to(tl.int64), mask=mask)
     tl.store(scattered_ptr + row, slots.to(tl.int64), mask=mask)
+    if block == 0:
+        for start in range(0, num_experts, BLOCK):
+            e = start + local
+            ends = tl.load(ends_ptr + (e + 1) * num_blocks - 1, mask=e < num_experts, other=0)
+            tl.store(offsets_ptr + e, ends.to(tl.int64), mask=e < num_experts)
 
 
 @triton.jit
@@ -98,25 +115,28 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
         none = torch.empty(0, dtype=torch.int64, device=device)
         return none, none.clone(), torch.zeros(num_experts, dtype=torch.int64, device=device)
     ids = expert_ids.contiguous()
-    num_blocks = triton.cdiv(num_slots, BLOCK)
+    num_blocks = tiles.cdiv(num_slots, BLOCK)
     counts = torch.empty(num_experts + 1, num_blocks, dtype=torch.int32, device=device)
     sorted_expert_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
     sorted_scattered_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
-    with on_device(ids):
-        _count_kernel[(num_blocks,)](ids, counts, num_slots, num_blocks, num_experts, BLOCK=BLOCK, EXPERTS=EXPERTS)
-        ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-        _place_kernel[(num_blocks,)](
-            ids,
-            counts,
-            ends,
-            sorted_expert_idxs,
-            sorted_scattered_idxs,
-            num_slots,
-            num_blocks,
-            num_experts,
-            BLOCK=BLOCK,
-        )
-    expert_offsets = ends.view(num_experts + 1, num_blocks)[:num_experts, -1].to(torch.int64)
+    expert_offsets = torch.empty(num_experts, dtype=torch.int64, device=device)
+    sizes = (num_slots, num_blocks, num_experts)
+    grid = (num_blocks,)
+    launch(_count_kernel, grid, ids, counts, *sizes, BLOCK=BLOCK, EXPERTS=EXPERTS, num_warps=4, num_stages=1)
+    launch(
+        _place_kernel,
+        grid,
+        ids,
+        counts,
+        counts.view(-1).cumsum(0, dtype=torch.int32),
+        sorted_expert_idxs,
+        sorted_scattered_idxs,
+        expert_offsets,
+        *sizes,
+        BLOCK=BLOCK,
+        num_warps=4,
+        num_stages=1,
+    )
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 
@@ -128,15 +148,18 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
     schedule = torch.empty(1 + num_tiles, 2, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
         block = 64
-        with on_device(expert_offsets):
-            _schedule_kernel[(triton.cdiv(num_tiles, block),)](
-                expert_offsets,
-                schedule,
-                num_slots,
-                num_tiles,
-                num_experts,
-                BLOCK_M=block_m,
-                BLOCK=block,
-                GROUPS=tiles.next_power_of_2(num_experts + 1),
-            )
+        launch(
+            _schedule_kernel,
+            (tiles.cdiv(num_tiles, block),),
+            expert_offsets,
+            schedule,
+            num_slots,
+            num_tiles,
+            num_experts,
+            BLOCK_M=block_m,
+            BLOCK=block,
+            GROUPS=tiles.next_power_of_2(num_experts + 1),
+            num_warps=4,
+            num_stages=1,
+        )
     return schedule

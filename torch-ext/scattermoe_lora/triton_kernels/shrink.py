@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, gpu, on_device
+from .device import dot_precision, gpu
+from .launch import launch
 from .rows import operand_rows, tile_rows
 
 
@@ -88,30 +89,31 @@ def shrink(
     scheduled_m = tiles.block_m(num_slots, num_experts)
     tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, gpu(x))
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
-    grid = (num_tiles * (scheduled_m // tile.block_m), triton.cdiv(R, tile.block_n))
-    with on_device(x):
-        _shrink_kernel[grid](
-            x,
-            factor,
-            out,
-            routing.tiles,
-            routing.expert_offsets,
-            routing.scattered_idxs,
-            scale,
-            num_slots,
-            num_experts,
-            K,
-            R,
-            *x.stride(),
-            *factor.stride(),
-            X_FAN_OUT=x_fan_out,
-            OUT_SCATTERED=out_scattered,
-            SCHEDULED_M=scheduled_m,
-            BLOCK_M=tile.block_m,
-            BLOCK_R=tile.block_n,
-            BLOCK_K=tile.block_k,
-            PRECISION=dot_precision(factor.dtype),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    grid = (num_tiles * (scheduled_m // tile.block_m), tiles.cdiv(R, tile.block_n))
+    launch(
+        _shrink_kernel,
+        grid,
+        x,
+        factor,
+        out,
+        routing.tiles,
+        routing.expert_offsets,
+        routing.scattered_idxs,
+        scale,
+        num_slots,
+        num_experts,
+        K,
+        R,
+        *x.stride(),
+        *factor.stride(),
+        X_FAN_OUT=x_fan_out,
+        OUT_SCATTERED=out_scattered,
+        SCHEDULED_M=scheduled_m,
+        BLOCK_M=tile.block_m,
+        BLOCK_R=tile.block_n,
+        BLOCK_K=tile.block_k,
+        PRECISION=dot_precision(factor.dtype),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out
