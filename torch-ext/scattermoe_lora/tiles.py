@@ -58,15 +58,32 @@ def num_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return min(num_slots, (num_slots + (num_experts + 1) * (block_m - 1)) // block_m)
 
 
+def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
+    """Depth of a step, and steps in flight: what hides a load without spilling its addresses.
+
+    64 deep and 4 where TMA loads (sm_90, sm_100); 32 deep on other NVIDIA GPUs, where 64 spilled 104 bytes a thread in
+    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950. Half as deep for float32.
+    """
+    if gpu.architecture.startswith("gfx"):
+        depth, stages = 64, 2
+    elif gpu.architecture in ("sm_90", "sm_100"):
+        depth, stages = 64, 4
+    else:
+        depth, stages = 32, 4
+    return (depth if dtype.itemsize <= 2 else depth // 2), stages
+
+
 @functools.cache
 def gemm_tile(epilogue: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The grouped GEMM's tile, for an epilogue, rows (from `block_m`) and columns of output."""
+    depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=rows,
         block_n=min(128, max(32, next_power_of_2(columns))),
-        block_k=64 if dtype.itemsize <= 2 else 32,
-        num_warps=8 if rows >= 128 else 4,
-        num_stages=4,
+        block_k=depth,
+        # RDNA's warps are half as wide as CDNA's: its 64-row tile spilled 500 bytes a thread in 4 of them.
+        num_warps=8 if rows >= (64 if gpu.architecture.startswith("gfx11") else 128) else 4,
+        num_stages=stages,
     )
     return _choose(f"gemm {epilogue} {rows}", rule, columns, dtype, gpu)
 
@@ -74,12 +91,13 @@ def gemm_tile(epilogue: str, rows: int, columns: int, dtype: torch.dtype, gpu: G
 @functools.cache
 def shrink_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The shrink's tile: all of a padded rank up to 128 columns, so that its input is read once."""
+    depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=min(64, rows),
         block_n=min(128, max(16, next_power_of_2(rank))),
-        block_k=128 if dtype.itemsize <= 2 else 64,
+        block_k=2 * depth,
         num_warps=4,
-        num_stages=3,
+        num_stages=min(3, stages),
     )
     return _choose(f"shrink {rows}", rule, rank, dtype, gpu)
 
@@ -92,7 +110,7 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
         block_n=min(128, max(16, next_power_of_2(right))),
         block_k=64 if dtype.itemsize <= 2 else 32,
         num_warps=4 if right <= 64 else 8,
-        num_stages=3,
+        num_stages=min(3, _pipeline(dtype, gpu)[1]),
     )
     return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)
 

@@ -1,4 +1,8 @@
-"""The GPU backend: five kernel families in Triton, names, arguments and results as in `reference`'s second half."""
+"""The GPU backend: five kernel families in Triton, names, arguments and results as in `reference`'s second half.
+
+Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (TF32 has 3e-4 of relative error), and
+16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
+"""
 
 from .combine import combine
 from .gram import gram

@@ -26,8 +26,3 @@ def _gpu(device_type: str, index: int | None) -> Gpu:
 def gpu(tensor: Tensor) -> Gpu:
     """The tensor's GPU, looked up once."""
     return _gpu(tensor.device.type, tensor.device.index)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 operands multiply as float32 (TF32 has 3e-4 of relative error); others have one precision anyway."""
-    return "ieee" if dtype == torch.float32 else "tf32"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, gpu
+from .device import gpu
 from .launch import launch
 from .rows import operand_rows
 
@@ -37,7 +37,6 @@ def _gram_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     p_tiles = tl.cdiv(P, BLOCK_P)
     expert = tl.program_id(0) // p_tiles
@@ -69,7 +68,7 @@ def _gram_kernel(
         if HAS_WEIGHTS:
             weights = tl.load(row_weights_ptr + slots, mask=mask, other=0.0).to(tl.float32)
             right = right.to(tl.float32) * weights[:, None]
-        acc = tl.dot(left, right.to(dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(left, right.to(dtype), acc, input_precision="ieee")
     out = out_ptr + expert.to(tl.int64) * stride_oe
     out += p[:, None].to(tl.int64) * stride_op + q[None, :].to(tl.int64) * stride_oq
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
@@ -111,7 +110,6 @@ def gram(
         BLOCK_P=tile.block_m,
         BLOCK_Q=tile.block_n,
         BLOCK_M=tile.block_k,
-        PRECISION=dot_precision(left.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tiles
 from ..types import Routing
 from .activations import act, act_grad
-from .device import dot_precision, gpu
+from .device import gpu
 from .launch import launch
 from .rows import operand_rows, tile_rows
 
@@ -133,7 +133,6 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     # In an ACT tile of concatenated weights the first half of the columns is gate, the second up.
     HALVES: tl.constexpr = 2 if EPILOGUE == "ACT" and HAS_GATE and CONCATENATED else 1
@@ -174,7 +173,7 @@ def _grouped_gemm_kernel(
                 wk = _load_w(
                     w, w_column, expert, k, column_tile * WIDTH, K, stride_wk, W_TMA, HALVES, EVEN_K, BLOCK_K, BLOCK_N
                 )
-                acc = tl.dot(xk, wk, acc, input_precision=PRECISION)
+                acc = tl.dot(xk, wk, acc, input_precision="ieee")
 
             if LORA_STEPS > 0:
                 expand_column = expand_ptr + e * stride_ee + column * stride_en
@@ -184,7 +183,7 @@ def _grouped_gemm_kernel(
                     b = tl.load(
                         expand_column[None, :] + r[:, None].to(tl.int64) * stride_er, mask=(r < R)[:, None], other=0.0
                     )
-                    acc = tl.dot(z, b, acc, input_precision=PRECISION)
+                    acc = tl.dot(z, b, acc, input_precision="ieee")
 
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + e * stride_be + column * stride_bn).to(tl.float32)[None, :]
@@ -409,7 +408,6 @@ def _launch(
         BLOCK_K=tile.block_k,
         BLOCK_R=block_r,
         GROUP_M=GROUP_M,
-        PRECISION=dot_precision(weight.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

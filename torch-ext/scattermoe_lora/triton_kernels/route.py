@@ -147,7 +147,9 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
     schedule = torch.empty(1 + num_tiles, 2, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
-        block = 64
+        groups = tiles.next_power_of_2(num_experts + 1)
+        # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.
+        block = min(64, 16384 // groups)
         launch(
             _schedule_kernel,
             (tiles.cdiv(num_tiles, block),),
@@ -158,7 +160,7 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
             num_experts,
             BLOCK_M=block_m,
             BLOCK=block,
-            GROUPS=tiles.next_power_of_2(num_experts + 1),
+            GROUPS=groups,
             num_warps=4,
             num_stages=1,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import dot_precision, gpu
+from .device import gpu
 from .launch import launch
 from .rows import operand_rows, tile_rows
 
@@ -37,7 +37,6 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     # A scheduled tile may be cut into several programs: this product wants more of them, and fewer rows each.
     parts: tl.constexpr = SCHEDULED_M // BLOCK_M
@@ -64,7 +63,7 @@ def _shrink_kernel(
         kk = (start + k).to(tl.int64)
         x = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=(kk < K)[None, :], other=0.0)
         f = tl.load(factor + kk[:, None] * stride_fk, mask=(kk < K)[:, None] & (r < R)[None, :], other=0.0)
-        acc = tl.dot(x, f, acc, input_precision=PRECISION)
+        acc = tl.dot(x, f, acc, input_precision="ieee")
     out_rows = operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)
     tl.store(
         out_ptr + out_rows[:, None] * R + r[None, :], (acc * scale).to(dtype), mask=mask[:, None] & (r < R)[None, :]
@@ -112,7 +111,6 @@ def shrink(
         BLOCK_M=tile.block_m,
         BLOCK_R=tile.block_n,
         BLOCK_K=tile.block_k,
-        PRECISION=dot_precision(factor.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -1,0 +1,428 @@
+"""Compiles the kernels that the launchers launch, ahead of time, for GPUs that this machine need not have.
+
+    python tests/aot.py [--family sm_90 ...] [--layer gated ...] [--package DIR]    after build: a table
+
+No launch is written twice: the public functions run on CPU tensors with the Triton backend put in the CPU's place, a
+launch is caught where Triton would bind its arguments, Triton's own binder specialises them as for a GPU (pointers and
+sizes divisible by 16, ones and Nones as constants), and the result is compiled for the family's GPU. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "scattermoe_lora_aot"
+
+# Bytes of spilled registers that a thread may have: 16 registers. Written and read once by the 256 threads of a
+# 128 x 128 tile they are 32 KiB through L1, where the operands of its 2048-deep product are 1 MiB; and such a few come
+# and go with the compiler's version. A kernel that really runs out of registers spills hundreds of bytes to thousands.
+SPILL_LIMIT = 64
+# NVIDIA's warp group instructions multiply 64 rows or more; fewer go to the warp's own, on every generation.
+WARP_GROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Family:
+    """A GPU family: what Triton calls it, the shared memory of one block, and its matrix instructions."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+    instruction: str
+    wide_instruction: str | None = None
+
+    def expected(self, rows: int) -> str:
+        """The instruction that a product of ``rows`` rows becomes."""
+        return self.wide_instruction if self.wide_instruction and rows >= WARP_GROUP_ROWS else self.instruction
+
+
+# Shared memory: CUDA programming guide, "maximum amount of shared memory per thread block"; HIP, LDS of a work group.
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("sm_80", "cuda", 80, 32, 163 * 1024, "mma.sync"),
+        Family("sm_89", "cuda", 89, 32, 99 * 1024, "mma.sync"),
+        Family("sm_90", "cuda", 90, 32, 227 * 1024, "mma.sync", "wgmma.mma_async"),
+        Family("sm_100", "cuda", 100, 32, 227 * 1024, "mma.sync", "tcgen05.mma"),
+        Family("sm_120", "cuda", 120, 32, 99 * 1024, "mma.sync"),
+        Family("gfx90a", "hip", "gfx90a", 64, 64 * 1024, "v_mfma"),
+        Family("gfx942", "hip", "gfx942", 64, 64 * 1024, "v_mfma"),
+        Family("gfx950", "hip", "gfx950", 64, 160 * 1024, "v_mfma"),
+        Family("gfx1100", "hip", "gfx1100", 32, 64 * 1024, "v_wmma"),
+    )
+}
+PROCESSORS = 108  # of any GPU: grids depend on it, kernels do not
+INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma", "v_wmma")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of the public functions: a key of `LAYERS`, the rows of an expert (hence of a tile), dtype and rank."""
+
+    layer: str
+    rows: int
+    dtype: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}-{self.rows}-{self.dtype}-r{self.rank}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of one kernel. ``rows`` are those of its smallest product, 0 without one; registers are a thread's."""
+
+    kernel: str
+    tile: str
+    dtype: str
+    family: str
+    shared: int = 0
+    registers: int = 0
+    spills: int = 0
+    instructions: tuple[str, ...] = ()
+    rows: int = 0
+    error: str = ""
+
+    def problems(self) -> list[str]:
+        """What a GPU of the family could not launch, or would run slowly; one line each."""
+        family = FAMILIES[self.family]
+        found = []
+        if self.error:
+            found.append(f"does not compile: {self.error}")
+        if self.shared > family.shared_memory:
+            found.append(f"{self.shared} bytes of shared memory, of {family.shared_memory}")
+        # float32 is here to be right, not fast: its products are exact (`device.dot_precision`), which no matrix
+        # instruction of NVIDIA's is, and both operands of one without wait in registers.
+        if self.dtype != "fp32":
+            if self.spills > SPILL_LIMIT:
+                found.append(f"{self.spills} bytes of spills, more than {SPILL_LIMIT}")
+            expected = family.expected(self.rows)
+            if self.rows and self.instructions != (expected,):
+                used = " and ".join(self.instructions) or "no matrix instruction"
+                found.append(f"{used} for a product of {self.rows} rows, not {expected}")
+        return [f"{self.kernel} {self.tile} {self.dtype} on {self.family}: {problem}" for problem in found]
+
+
+# The layers. Sizes are Qwen3-30B-A3B's, with few experts: a tile is chosen from rows per expert.
+
+NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 16, 8, 2048, 768
+
+
+class _Tensors:
+    """Uninitialised tensors of one case: what nothing reads costs nothing."""
+
+    def __init__(self, kernel: types.ModuleType, case: Case):
+        import torch
+
+        self.kernel, self.torch, self.rank = kernel, torch, case.rank
+        self.dtype = getattr(torch, case.dtype)
+        self.num_tokens = NUM_EXPERTS * case.rows // TOP_K
+        self.x = self(self.num_tokens, HIDDEN)
+        self.ids = torch.zeros(self.num_tokens, TOP_K, dtype=torch.int64)
+
+    def __call__(self, *shape: int, dtype=None, trains: bool = True):
+        return self.torch.empty(*shape, dtype=dtype or self.dtype, requires_grad=trains)
+
+    def lora(self, in_features: int, out_features: int, dtype=None):
+        A, B = (
+            self(NUM_EXPERTS * self.rank, in_features, dtype=dtype),
+            self(out_features, self.rank * NUM_EXPERTS, dtype=dtype),
+        )
+        return self.kernel.ExpertLoRA.from_peft(A, B, NUM_EXPERTS, 2.0)
+
+    def step(self, function, *arguments, **options) -> None:
+        """Forward as in inference, then forward and backward; the gradient that comes in is dense."""
+        with self.torch.no_grad():
+            function(*arguments, **options)
+        out = function(*arguments, **options)
+        out.backward(self.torch.empty_like(out))
+
+
+def _gated(kernel: types.ModuleType, case: Case) -> None:
+    """Qwen3, Mixtral, GLM: weights of transformers, frozen; PEFT's float32 adapters; float32 routing weights."""
+    t = _Tensors(kernel, case)
+    f32 = t.torch.float32
+    t.step(
+        kernel.moe_mlp,
+        t.x,
+        t(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, trains=False),
+        t(NUM_EXPERTS, HIDDEN, INTERMEDIATE, trains=False),
+        t.ids,
+        t(t.num_tokens, TOP_K, dtype=f32),
+        gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE, f32),
+        down_lora=t.lora(INTERMEDIATE, HIDDEN, f32),
+    )
+
+
+def _transposed(kernel: types.ModuleType, case: Case) -> None:
+    """GPT-OSS's layout: transposed, interleaved, biased; the costliest activation; everything trains."""
+    t = _Tensors(kernel, case)
+    t.step(
+        kernel.moe_mlp,
+        t.x,
+        t(NUM_EXPERTS, HIDDEN, 2 * INTERMEDIATE),
+        t(NUM_EXPERTS, INTERMEDIATE, HIDDEN),
+        t.ids,
+        t(t.num_tokens, TOP_K),
+        gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE),
+        down_lora=t.lora(INTERMEDIATE, HIDDEN),
+        gate_up_proj_bias=t(NUM_EXPERTS, 2 * INTERMEDIATE),
+        down_proj_bias=t(NUM_EXPERTS, HIDDEN),
+        is_transposed=True,
+        is_concatenated=False,
+        activation="gelu",
+    )
+
+
+def _ungated(kernel: types.ModuleType, case: Case) -> None:
+    """Nemotron: no gate."""
+    t = _Tensors(kernel, case)
+    t.step(
+        kernel.moe_mlp,
+        t.x,
+        t(NUM_EXPERTS, INTERMEDIATE, HIDDEN, trains=False),
+        t(NUM_EXPERTS, HIDDEN, INTERMEDIATE, trains=False),
+        t.ids,
+        t(t.num_tokens, TOP_K),
+        gate_up_lora=t.lora(HIDDEN, INTERMEDIATE),
+        down_lora=t.lora(INTERMEDIATE, HIDDEN),
+        has_gate=False,
+        activation="relu2",
+    )
+
+
+def _linear(kernel: types.ModuleType, case: Case) -> None:
+    """ScatterMoE's pair of linears: gathered to grouped rows, without LoRA; grouped rows to gated tokens, with it."""
+    t = _Tensors(kernel, case)
+    order = kernel.flatten_sort_count(t.ids, NUM_EXPERTS)
+    up, down = t(NUM_EXPERTS, HIDDEN, INTERMEDIATE), t(NUM_EXPERTS, INTERMEDIATE, HIDDEN, trains=False)
+    lora = {"lora_A": t(NUM_EXPERTS * t.rank, INTERMEDIATE), "lora_B": t(HIDDEN, NUM_EXPERTS * t.rank)}
+    gates = t(t.num_tokens, TOP_K)
+    t.step(kernel.parallel_linear, t.x, up, TOP_K, *order, grouped_out=True)
+    a = t(t.num_tokens * TOP_K, INTERMEDIATE)
+    t.step(kernel.parallel_linear_lora, a, down, 1, *order, **lora, gates=gates, grouped_in=True)
+
+
+def _crowd(kernel: types.ModuleType, case: Case) -> None:
+    """As many experts as models have, which the routing kernels' blocks grow with; small ones, to hold them here."""
+    t = _Tensors(kernel, case)
+    for num_experts in (8, 128, 256, 512):
+        ids = t.torch.zeros(num_experts * case.rows, 1, dtype=t.torch.int64)
+        order = kernel.flatten_sort_count(ids, num_experts)
+        x, weight = t(ids.shape[0], 64, trains=False), t(num_experts, 64, 64, trains=False)
+        kernel.parallel_linear(x, weight, 1, *order)
+
+
+LAYERS = {"gated": _gated, "transposed": _transposed, "ungated": _ungated, "linear": _linear, "crowd": _crowd}
+
+# Every tile of the layer that matters most, and the largest and least of the others.
+ALL_CASES = [
+    *(Case("gated", rows, dtype, 16) for dtype in ("bfloat16", "float16") for rows in (16, 32, 64, 128)),
+    *(Case("gated", rows, "bfloat16", 64) for rows in (16, 128)),
+    *(Case(layer, rows, "bfloat16", 64) for layer in ("transposed", "ungated", "linear") for rows in (16, 64, 128)),
+    Case("crowd", 16, "bfloat16", 16),
+    *(Case("gated", rows, "float32", 16) for rows in (16, 128)),
+]
+
+
+# Recording and compiling; in a worker process of `workers`, whose Triton they change.
+
+
+def _load(package: Path) -> types.ModuleType:
+    """The package in a folder, under a name of ours: a build's folder has no importable one."""
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _recording(family: Family) -> Iterator[dict]:
+    """While it is open, the public functions use the Triton backend, and their launches are collected instead."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    launches: dict[str, tuple] = {}
+
+    @functools.cache
+    def binder(function):
+        *_, backend, bind = function.create_binder()
+        return backend, bind
+
+    def run(self, *args, grid, warmup, **kwargs):
+        backend, bind = binder(self)
+        kwargs["debug"] = False
+        bound, specialization, options = bind(*args, **kwargs)
+        options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
+        launches[f"{self.__name__} {signature} {constants} {attributes} {options}"] = (
+            self,
+            signature,
+            constants,
+            attributes,
+            options,
+        )
+
+    kernels = importlib.import_module(f"{PACKAGE}.triton_kernels")
+    device = importlib.import_module(f"{PACKAGE}.triton_kernels.device")
+    backend = importlib.import_module(f"{PACKAGE}.backend")
+    tiles = importlib.import_module(f"{PACKAGE}.tiles")
+    asked, answer = device.gpu, tiles.Gpu(family.name, family.shared_memory, PROCESSORS)
+    target = GPUTarget(family.backend, family.arch, family.warp_size)
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(backend, "of", lambda tensor: kernels))
+        for name, module in list(sys.modules.items()):
+            if name.startswith(kernels.__name__) and getattr(module, "gpu", None) is asked:
+                stack.enter_context(patch(module, "gpu", lambda tensor: answer))
+        stack.enter_context(patch(driver, "_active", types.SimpleNamespace(get_current_target=lambda: target)))
+        stack.enter_context(patch(JITFunction, "run", run))
+        yield launches
+
+
+_compiled: dict[str, Compiled] = {}
+
+
+def compile_case(package: Path, family_name: str, case: Case) -> list[Compiled]:
+    """Every different kernel that ``case`` launches, compiled for a family; in a worker of `workers`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    family = FAMILIES[family_name]
+    module = sys.modules.get(PACKAGE) or _load(package)
+    with _recording(family) as launches:
+        LAYERS[case.layer](module, case)
+    target = GPUTarget(family.backend, family.arch, family.warp_size)
+    results = []
+    for launch, (function, signature, constants, attributes, options) in launches.items():
+        key = f"{family_name} {launch}"
+        if key not in _compiled:
+            source = triton.compiler.ASTSource(function, signature, constants, attributes)
+            constants = {function.arg_names[index]: value for (index, *_), value in constants.items()}
+            labels = _labels(function.__name__, signature, constants, options) | {"family": family_name}
+            try:
+                compiled = triton.compile(source, target=target, options=options.__dict__)
+            except Exception as error:
+                _compiled[key] = Compiled(**labels, error=f"{type(error).__name__}: {_last_line(str(error))}")
+            else:
+                _compiled[key] = Compiled(**labels, **_findings(compiled, family))
+        results.append(_compiled[key])
+    return results
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _labels(name: str, signature: dict, constants: dict, options) -> dict[str, str]:
+    blocks = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("EXPERTS", "GROUPS"))
+    pointer = next(kind for kind in signature.values() if str(kind).startswith("*"))
+    return {
+        "kernel": " ".join(filter(None, (name.strip("_").removesuffix("_kernel"), constants.get("EPILOGUE")))),
+        "tile": f"{blocks} w{options.num_warps} s{options.num_stages}",
+        "dtype": pointer.lstrip("*"),
+    }
+
+
+def _findings(compiled, family: Family) -> dict[str, object]:
+    text = compiled.asm["ptx" if family.backend == "cuda" else "amdgcn"]
+    registers, spills = (_cuda_resources if family.backend == "cuda" else _hip_resources)(compiled.asm)
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "spills": spills,
+        "instructions": tuple(i for i in INSTRUCTIONS if re.search(rf"\b{re.escape(i)}", text)),
+        "rows": min(map(int, re.findall(r"tt\.dot .*-> tensor<(\d+)x", compiled.asm["ttir"])), default=0),
+    }
+
+
+def _cuda_resources(asm) -> tuple[int, int]:
+    """Registers, and the bytes of the stack frame: a Triton kernel has nothing else there but what it spilled."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return int(match[1]), int(match[2])
+
+
+def _hip_resources(asm) -> tuple[int, int]:
+    """Vector registers, and the bytes of scratch memory. Scalar ones spill into lanes of vector ones: no memory."""
+    registers, scratch = (
+        re.search(rf"\.{name}: *(\d+)", asm["amdgcn"]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    assert registers is not None and scratch is not None
+    return int(registers[1]), int(scratch[1])
+
+
+def workers(count: int) -> ProcessPoolExecutor:
+    """Fresh processes for `compile_case`, not forks: Triton may be an interpreter here, which it decides on import."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_no_interpreter)
+
+
+def _no_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel for every GPU family and print what came of it."
+    )
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--layer", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--package", type=Path, default=ROOT / "build" / "torch-cuda")
+    options = parser.parse_args(arguments)
+    jobs = [
+        (family, case)
+        for family in options.family
+        for case in ALL_CASES
+        if case.layer in options.layer and (case.dtype != "float32" or family == "sm_90")
+    ]
+    header = "kernel,layer,tile,dtype,family,shared,limit,registers,spills,instruction,".split(",")
+    row = "{:<21} {:<10} {:<21} {:<5} {:<7} {:>7} {:>7} {:>9} {:>6} {:<16} {}".format
+    print(row(*header).rstrip())
+    seen, problems = set(), []
+    with workers(os.cpu_count() or 1) as pool:
+        futures = [pool.submit(compile_case, options.package, *job) for job in jobs]
+        for (_, case), future in zip(jobs, futures, strict=True):
+            for c in future.result():
+                if astuple(c) not in seen:
+                    seen.add(astuple(c))
+                    limit = FAMILIES[c.family].shared_memory
+                    mark = "<-- see below" if c.problems() else ""
+                    numbers = (c.shared, limit, c.registers, c.spills, " ".join(c.instructions) or "-", mark)
+                    print(row(c.kernel, case.layer, c.tile, c.dtype, c.family, *numbers).rstrip(), flush=True)
+                    problems += c.problems()
+    print(f"\n{len(seen)} kernels, {len(problems)} problems", *problems, sep="\n")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Every kernel compiles for every GPU family, fits its shared memory and registers, and uses its matrix units.
+
+A part of what `aot.py` can print: all families, both half precisions, every row tile and layer, not all combinations.
+"""
+
+import re
+from pathlib import Path
+
+import aot
+import pytest
+from aot import Case, Compiled
+
+LARGEST = Case("gated", 128, "bfloat16", 16)
+CASES = [
+    *((family, LARGEST) for family in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
+    ("sm_80", Case("linear", 32, "float16", 64)),
+    ("sm_89", Case("linear", 16, "float16", 64)),
+    ("sm_90", Case("transposed", 64, "float16", 64)),
+    ("sm_90", Case("gated", 16, "float32", 16)),
+    ("sm_90", Case("crowd", 16, "bfloat16", 16)),
+    ("sm_100", Case("ungated", 64, "float16", 64)),
+    ("sm_120", Case("gated", 16, "float16", 64)),
+    ("gfx942", Case("linear", 32, "float16", 64)),
+    ("gfx90a", Case("linear", 64, "bfloat16", 16)),
+    ("gfx950", Case("linear", 128, "bfloat16", 16)),
+    ("gfx1100", Case("linear", 64, "float16", 16)),
+]
+
+
+@pytest.fixture(scope="session")
+def package(kernel):
+    return Path(kernel.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def compile_case(package):
+    with aot.workers(1) as pool:
+        yield lambda *job: pool.submit(aot.compile_case, package, *job).result()
+
+
+@pytest.mark.parametrize(("family", "case"), CASES, ids=str)
+def test_kernels_fit_the_gpu(compile_case, family, case):
+    compiled = compile_case(family, case)
+    problems = [problem for one in compiled for problem in one.problems()]
+    assert not problems, "\n".join(["", *problems])
+    assert any(c.kernel.startswith("grouped_gemm") and c.tile.startswith(f"{case.rows}x") for c in compiled)
+
+
+def test_no_kernel_is_left_out(compile_case, package):
+    """One layer launches every kernel there is, so a new one can't go uncompiled."""
+    defined = set()
+    for file in (package / "triton_kernels").glob("*.py"):
+        defined |= set(re.findall(r"^@triton\.jit\b.*\ndef _(\w+)_kernel\(", file.read_text(), re.MULTILINE))
+    assert defined
+    assert {c.kernel.split()[0] for c in compile_case("sm_90", LARGEST)} == defined
+
+
+def test_problems_are_found():
+    """The limits themselves; a kernel at each of them is fine."""
+    sound = Compiled("k", "t", "bf16", "sm_90", 227 * 1024, 255, aot.SPILL_LIMIT, ("wgmma.mma_async",), 64)
+    few_rows = {"instructions": ("mma.sync",), "rows": 16}
+
+    def problems(**changes):
+        return Compiled(**{**vars(sound), **changes}).problems()
+
+    assert not problems()
+    assert not problems(**few_rows)
+    assert not problems(instructions=(), rows=0)
+    assert not problems(instructions=(), spills=4096, dtype="fp32")
+    assert "shared memory" in problems(shared=227 * 1024 + 1)[0]
+    assert "shared memory" in problems(family="sm_89", **few_rows)[0]
+    assert "spills" in problems(spills=aot.SPILL_LIMIT + 1)[0]
+    assert "does not compile" in problems(error="PassManager::run failed", instructions=(), rows=0)[0]
+    for instructions in ((), ("mma.sync",), ("mma.sync", "wgmma.mma_async")):
+        assert "for a product of 64 rows" in problems(instructions=instructions)[0]
