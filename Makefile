@@ -32,11 +32,11 @@ venv: $(STAMP)
 # Torch goes first, as a build of it that brings its own Triton (CUDA) allows no other: there our pin is left out.
 $(STAMP): requirements.txt requirements-dev.txt
 	test -x $(VENV_PYTHON) || $(PYTHON) -m venv $(VENV)
-	$(VENV_PYTHON) -m pip install "$$(grep '^torch==' requirements.txt)"
+	$(VENV_PYTHON) -m pip install -q "$$(grep '^torch==' requirements.txt)"
 	left_out=$$($(VENV_PYTHON) -c 'from importlib.metadata import requires; \
 		print("/^triton==/d;" if "triton" in " ".join(requires("torch")) else "")'); \
 	sed "$$left_out/^-r /d" requirements.txt requirements-dev.txt > $(VENV)/requirements.txt
-	$(VENV_PYTHON) -m pip install -r $(VENV)/requirements.txt
+	$(VENV_PYTHON) -m pip install -q -r $(VENV)/requirements.txt
 	touch $@
 
 build: $(READY)

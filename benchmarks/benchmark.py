@@ -33,6 +33,4 @@ class MoeMlpBenchmark(Benchmark):
         self.out = self.kernel.moe_mlp(self.x, self.gate_up, self.down, self.index, self.weights, **self.loras)
 
     def verify_moe_mlp(self) -> torch.Tensor:
-        return self.kernel.reference.moe_mlp(
-            self.x, self.gate_up, self.down, self.index, self.weights, **self.loras
-        )
+        return self.kernel.reference.moe_mlp(self.x, self.gate_up, self.down, self.index, self.weights, **self.loras)
