@@ -193,14 +193,14 @@ def test_adapters_switch_disable_and_merge(kernel, ran):
     stock, fused = build(), build()
     kernel.kernelize(fused)
 
-    def compare(merges: int | None = 0) -> None:
+    def compare() -> None:
         with torch.no_grad():
             want = stock(input_ids=ids).logits
             with ran:
                 got = fused(input_ids=ids).logits
         assert_close({"logits": (got, want)}, BOUND)
         assert ran.ops, "the fused experts ran"
-        assert merges is None or ran.merges == merges
+        assert ran.merges == 0
 
     compare()
     for model in (stock, fused):
@@ -216,11 +216,33 @@ def test_adapters_switch_disable_and_merge(kernel, ran):
     compare()
     for model in (stock, fused):
         model.base_model.set_adapter(["default", "second"])
-    compare(merges=None)  # two at once: PEFT's own forward merges them
+    compare()  # two at once: their factors stack along the rank
     for model in (stock, fused):
         model.base_model.set_adapter("default")
         model.delete_adapter("second")
     compare()
+
+
+def test_several_active_adapters_train(kernel, ran):
+    """Adapters of different rank and scaling, active together: every factor's gradient is PEFT's."""
+    ids = tokens()
+
+    def build():
+        model = wrap(tiny_model("qwen3_moe"), "qwen3_moe")
+        torch.manual_seed(6)
+        other = copy.deepcopy(model.peft_config["default"])
+        other.r, other.lora_alpha = 3, 7
+        model.add_adapter("second", other)
+        model.base_model.set_adapter(["default", "second"])
+        return model
+
+    want = loss_and_grads(build(), ids)
+    model = build()
+    kernel.kernelize(model)
+    with ran:
+        got = loss_and_grads(model, ids)
+    check_same(got, want)
+    assert len(got[1]) == 16 and ran.merges == 0
 
 
 def test_train_eval_and_generate(kernel, ran):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..types import ExpertLoRA
@@ -44,7 +45,7 @@ def _has_hooks(modules: list[nn.Module]) -> bool:
 
 
 def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:
-    """The active adapter of each wrapped parameter; None where PEFT must do it: several active, another parameter."""
+    """The active adapters of each wrapped parameter; None where PEFT must do it."""
     if not is_experts(experts) or unsupported(experts):
         return None
     loras: dict[str, ExpertLoRA] = {}
@@ -55,14 +56,24 @@ def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:
             return None  # PEFT's forward unmerges
         if wrapper.disable_adapters or wrapper.merged:
             continue
-        active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-        if len(active) > 1:
-            return None
-        for name in active:
-            loras[wrapper.parameter_name] = ExpertLoRA.from_peft(
+        active = [
+            ExpertLoRA.from_peft(
                 wrapper.lora_A[name].weight,
                 wrapper.lora_B[name].weight,
                 wrapper.num_experts,
                 wrapper.scaling[name],
             )
+            for name in wrapper.active_adapters
+            if name in wrapper.lora_A
+        ]
+        if active:
+            loras[wrapper.parameter_name] = _stacked(active)
     return loras
+
+
+def _stacked(loras: list[ExpertLoRA]) -> ExpertLoRA:
+    """The sum of several updates, as one whose rank is the sum of theirs."""
+    if len(loras) == 1:
+        return loras[0]
+    A = torch.cat([lora.A for lora in loras], dim=1)
+    return ExpertLoRA(A, torch.cat([lora.scaling * lora.B for lora in loras], dim=2))
