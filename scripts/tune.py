@@ -4,9 +4,9 @@
 
     python scripts/tune.py [--only gemm] [--rows 128] [--out DIR] [--workers 12]
 
-For every kernel and row-tile size, each candidate is timed at the sizes of real models; the one with the least
-geometric mean of times relative to the rule's tile is written, if it is better. Candidates are compiled in parallel
-first. Build before and after (`make build`): the kernel that is tuned, and the tables that it reads, are the build's.
+For every kernel and row-tile size, the rule's tile, the table's and other candidates are timed at the sizes of real
+models; the one with the least geometric mean of times is written. Candidates are compiled in parallel first. Build
+before and after (`make build`): the kernel that is tuned, and the tables that it reads, are the build's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OTHER = ("block_m", "block_k", "num_warps", "num_stages")
 
 
 def candidates(kind: str, rows: int) -> list[dict[str, int]]:
-    """Tiles worth trying, as what they change in the rule's."""
+    """Tiles worth trying beside the rule's and the table's, as what they change in the rule's."""
     values: list[tuple[int, ...]]
     if kind == "gemm" and rows == 128:
         values = [
@@ -163,7 +163,11 @@ class Layer:
         }[kind]
 
 
-def keys(only: str, rows: list[int]) -> Iterator[tuple[str, str, int]]:
+def _distinct(tiles: list[dict[str, int]]) -> list[dict[str, int]]:
+    return [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
+
+
+def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
     """(table key, kind, rows) of everything to tune."""
     for r in rows:
         for epilogue in ("ACT", "ACT_GRAD", "STORE"):
@@ -239,17 +243,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: tuning needs a GPU", file=sys.stderr)
         return 2
+    kernel, tiles = load()
+    table = tiles.table(architecture())
     jobs = [
         (key, rows, tile)
-        for key, kind, rows in keys(options.only, options.rows)
+        for key, kind, rows in keys(options.rows)
         if key.startswith(options.only)
-        for tile in candidates(kind, rows)
+        for tile in _distinct([{}, table.get(key, {}), *candidates(kind, rows)])
     ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         failures = list(pool.map(compile_only, *zip(*jobs, strict=True)))
-    kernel, tiles = load()
-    table = tiles.table(architecture())
     layers: dict[tuple[str, int], Layer] = {}
     times: dict[str, list[tuple[dict[str, int], list[float]]]] = {}
     for (key, rows, tile), failure in sorted(zip(jobs, failures, strict=True), key=lambda job: -job[0][1]):

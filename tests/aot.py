@@ -110,7 +110,7 @@ class Compiled:
             found.append(f"does not compile: {self.error}")
         if self.shared > family.shared_memory:
             found.append(f"{self.shared} bytes of shared memory, of {family.shared_memory}")
-        # float32 is here to be right, not fast: its products are exact (`device.dot_precision`), which no matrix
+        # float32 is here to be right, not fast: its products are exact (``ieee``), which no matrix
         # instruction of NVIDIA's is, and both operands of one without wait in registers.
         if self.dtype != "fp32":
             if self.spills > SPILL_LIMIT:

@@ -76,6 +76,16 @@ def test_own_activation(kernel, device, dtype):
 
 
 @every_device
+def test_own_activation_in_float32(kernel, device):
+    """An activation may compute in float32, as autocast makes some do; its result is taken in the weights' dtype."""
+
+    def gate(h):
+        return torch.nn.functional.silu(h[:, :24].float()) * h[:, 24:]
+
+    Case(63, 40, 24, 5, 2, 4, dtype=torch.float16, activation=gate).check(kernel, device)
+
+
+@every_device
 @pytest.mark.parametrize("pattern", ["hot", "empty"])
 @pytest.mark.parametrize("size", [(130, 40, 24, 5, 2, 4), (500, 40, 24, 16, 1, 4)], ids=str)
 def test_routing_patterns(kernel, device, dtype, size, pattern):
@@ -303,6 +313,40 @@ def test_strides(kernel, device):
     out.sum().backward()  # an expanded gradient, of strides zero
     ones = torch.autograd.grad(_call(kernel, leaves, index), leaves["gate_up_A"], torch.ones_like(out))[0]
     assert torch.equal(leaves["gate_up_A"].grad, ones)
+
+
+@every_device
+@pytest.mark.parametrize("layout", ["sliced", "expanded", "int32"])
+def test_strided_routing(kernel, device, layout):
+    """Routing whose flat view is not dense: a column of a sorted router output, one weight expanded over all."""
+    case = Case(63, 40, 24, 5, 1, 4, dtype=torch.float32, has_bias=True)
+    if layout == "expanded":
+        case.tensors["top_k_weights"] = torch.full((63, 1), 0.5, dtype=torch.float64)
+    want = case.run(kernel, kernel.reference.moe_mlp, device, reference=True)
+    x = {name: tensor.float().to(device) for name, tensor in case.tensors.items()}
+    index = case.top_k_index.to(device)
+    x = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    if layout == "sliced":
+        weights = torch.stack([x["top_k_weights"], torch.rand_like(x["top_k_weights"])], 2)[:, :, 0]
+        index = torch.cat([index, torch.randint(0, 5, (63, 3), device=device)], 1)[:, :1]
+    elif layout == "expanded":
+        x["top_k_weights"] = torch.full((1, 1), 0.5, device=device).requires_grad_()
+        weights = x["top_k_weights"].expand(63, 1)
+    else:
+        weights, index = x["top_k_weights"], index.int()
+    assert layout == "int32" or not weights.is_contiguous() or not weights.reshape(-1).is_contiguous()
+    out = _call(kernel, {**x, "top_k_weights": weights}, index)
+    out.backward(case.grad.float().to(device))
+    pairs = {n: (x[n].grad, want[f"d {n}"]) for n in x if n != "top_k_weights" or layout != "expanded"}
+    assert_close({"output": (out, want["output"]), **pairs}, 1e-6)
+
+
+@every_device
+@pytest.mark.parametrize("size", [(9, 1, 24, 5, 2, 4), (9, 40, 1, 5, 2, 4), (9, 40, 3, 1, 1, 4)], ids=str)
+def test_sizes_too_small_for_tma(kernel, device, size):
+    """Strides of 1 in more than one dimension, and halves of 2 bytes: sizes that only pointers can read."""
+    Case(*size, dtype=torch.float32).check(kernel, device)
+    Case(*size, dtype=torch.float32, has_gate=False, is_transposed=True).check(kernel, device)
 
 
 @every_device

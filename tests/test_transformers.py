@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub, use_kernel_mapping
 from numerics import assert_close
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, loss_and_grads, targets, tiny_model, tokens, wrap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +167,7 @@ def test_a_model_without_experts_is_an_error(kernel):
         kernel.kernelize(AutoModelForCausalLM.from_config(config))
 
 
-def test_quantised_experts_are_left(kernel):
+def test_quantised_experts_are_left(kernel, ran):
     model = tiny_model("mixtral")
     first, second = (layer.mlp.experts for layer in model.model.layers)
     second.down_proj = torch.nn.Parameter(second.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -175,6 +175,16 @@ def test_quantised_experts_are_left(kernel):
     assert [entry.name for entry in report.switched] == ["model.layers.0.mlp.experts"]
     assert report.left == (("model.layers.1.mlp.experts", "its down_proj is quantised (torch.float8_e4m3fn)"),)
     assert "left as it was: model.layers.1.mlp.experts" in str(report)
+    # The config that chooses the implementation is shared: what was left must still run its own forward.
+    x, index, weights = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    left = copy.deepcopy(second)
+    left.down_proj = torch.nn.Parameter(second.down_proj.data.float())
+    left.has_post_expert_norm, left.post_expert_norm = True, torch.nn.LayerNorm(32)
+    assert left.config._experts_implementation == "scattermoe_lora"
+    own = type(left).forward.__wrapped__(left, x, index, weights)
+    with ran:
+        assert torch.equal(left(x, index, weights), own)
+    assert not ran.ops
     first.down_proj = torch.nn.Parameter(first.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match="quantised"):
         kernel.kernelize(model)
@@ -425,7 +435,8 @@ def test_layer_for_blocks(mapped, ran, family, with_peft):
     assert ran.ops["moe_mlp_forward"] == moe_layers(model) and ran.merges == 0
 
 
-def test_layer_for_granite_style_blocks(kernel, mapped, ran):
+@pytest.mark.parametrize("lora", ["none", "own", "peft"])
+def test_layer_for_granite_style_blocks(kernel, mapped, ran, lora):
     """`ScatterMoEGatedMLP` on `router.layer`, `input_linear`, `output_linear`, against a loop over tokens."""
 
     class Router(torch.nn.Module):
@@ -437,8 +448,8 @@ def test_layer_for_granite_style_blocks(kernel, mapped, ran):
         def __init__(self) -> None:
             super().__init__()
             self.router, self.activation = Router(), torch.nn.SiLU()
-            self.input_linear = kernel.ParallelExperts(6, 20, 2 * 12)
-            self.output_linear = kernel.ParallelExperts(6, 12, 20)
+            self.input_linear = kernel.ParallelExperts(6, 20, 2 * 12, bias=True)
+            self.output_linear = kernel.ParallelExperts(6, 12, 20, bias=True)
 
         def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
             out = torch.zeros_like(layer_input)
@@ -446,19 +457,38 @@ def test_layer_for_granite_style_blocks(kernel, mapped, ran):
                 for t, token in enumerate(sequence):
                     top, experts = self.router.layer(token).topk(2)
                     for weight, e in zip(top.softmax(0), experts, strict=True):
-                        gate, up = (self.input_linear.weight[e] @ token).chunk(2)
-                        out[b, t] += weight * (self.output_linear.weight[e] @ (self.activation(gate) * up))
+                        gate, up = linear(self.input_linear, e, token).chunk(2)
+                        out[b, t] += weight * linear(self.output_linear, e, self.activation(gate) * up)
             return out
+
+    def linear(module, e, vector):
+        base = getattr(module, "base_layer", module)
+        out = base.weight[e] @ vector + base.bias[e]
+        if lora == "peft":
+            return out + module.get_delta_weight("default")[e] @ vector
+        if lora == "own":
+            A, B = base.lora_A.view(6, 3, -1)[e], base.lora_B.view(-1, 6, 3)[:, e]
+            return out + base.scaling * B @ (A @ vector)
+        return out
 
     torch.manual_seed(0)
     block = Block()
+    for stack in (block.input_linear, block.output_linear):
+        torch.nn.init.normal_(stack.bias)
+        if lora == "own":
+            stack.set_lora(torch.randn(18, stack.input_size), torch.randn(stack.output_size, 18), 0.5)
+    if lora == "peft":
+        parameters = ["block.input_linear.weight", "block.output_linear.weight"]
+        config = LoraConfig(r=3, target_parameters=parameters, init_lora_weights=False)
+        get_peft_model(torch.nn.ModuleDict({"block": block}), config)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     x = torch.randn(2, 7, 20)
     want = block(x)
-    want_grads = torch.autograd.grad(want.square().sum(), list(block.parameters()))
+    want_grads = torch.autograd.grad(want.square().sum(), trained)
     mapped(block, {Block: "ScatterMoEGatedMLP"})
     with ran:
         got = block(x)
-    grads = torch.autograd.grad(got.square().sum(), list(block.parameters()))
+    grads = torch.autograd.grad(got.square().sum(), trained)
     pairs = {str(i): pair for i, pair in enumerate(zip(grads, want_grads, strict=True))}
     assert_close({"output": (got, want), **pairs}, BOUND)
     assert ran.ops["moe_mlp_forward"] == 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .types import Routing
 
 
 def of(tensor: Tensor) -> ModuleType:
@@ -22,3 +24,14 @@ def of(tensor: Tensor) -> ModuleType:
             f"scattermoe-lora needs the package triton for tensors on {tensor.device}; install triton or use the CPU"
         ) from error
     return triton_kernels
+
+
+def routing(scattered_idxs: Tensor, expert_offsets: Tensor) -> Routing:
+    """A routing with its schedule, from indices of any strides and integer dtype.
+
+    The kernels read them densely, and multiply them into addresses that pass 2**31.
+    """
+    scattered_idxs = scattered_idxs.to(torch.int64).contiguous()
+    expert_offsets = expert_offsets.to(torch.int64).contiguous()
+    tiles = of(scattered_idxs).schedule(expert_offsets, scattered_idxs.shape[0])
+    return Routing(scattered_idxs, expert_offsets, tiles)

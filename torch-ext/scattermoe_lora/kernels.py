@@ -209,7 +209,7 @@ def _check_grouped(function: str, DY: Tensor, X: Tensor, expert_offsets: Tensor,
 
 def _grouped_routing(X: Tensor, expert_offsets: Tensor) -> Routing:
     rows = torch.arange(X.shape[0], device=X.device)
-    return Routing(rows, expert_offsets, backend.of(X).schedule(expert_offsets, X.shape[0]))
+    return backend.routing(rows, expert_offsets)
 
 
 def _gemm(
@@ -227,7 +227,7 @@ def _gemm(
     run = backend.of(X)
     experts = torch.arange(W.shape[0], device=X.device, dtype=sorted_expert_idxs.dtype)
     offsets = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
-    routing = Routing(sorted_scattered_idxs, offsets, run.schedule(offsets, sorted_scattered_idxs.shape[0]))
+    routing = backend.routing(sorted_scattered_idxs, offsets)
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:

@@ -162,7 +162,7 @@ def _composed(
     )
     a = activation(h)
     args.bind("S", h.shape[0], "h")
-    args.tensor("activation(h)", a, ("S", "I"), (h.dtype,))
+    a = args.tensor("activation(h)", a, ("S", "I"), FLOATS).to(h.dtype)
     out = expert_linear(
         a,
         w_down,

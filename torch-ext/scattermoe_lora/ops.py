@@ -27,6 +27,11 @@ def _lora(A: Optional[Tensor], B: Optional[Tensor], dtype: torch.dtype) -> tuple
     return _in_factor(A, dtype), _in_factor(B, dtype)
 
 
+def _flat(per_slot: Tensor) -> Tensor:
+    """``[T, k]`` as the kernels read it: ``[T * k]``, dense. A reshape alone may be a strided view (k = 1, say)."""
+    return per_slot.reshape(-1).contiguous()
+
+
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -80,9 +85,9 @@ def moe_mlp_forward(
     A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
     A_down, B_down = _lora(down_A, down_B, dtype)
 
-    expert_ids = top_k_index.reshape(-1)
+    expert_ids, weights = _flat(top_k_index), _flat(top_k_weights)
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, expert_ids.numel()))
+    routing = backend.routing(scattered_idxs, expert_offsets)
 
     xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=k, scale=gate_up_scaling)
     h, a = run.grouped_gemm_act(
@@ -111,7 +116,7 @@ def moe_mlp_forward(
     )
     out = run.combine(
         y,
-        top_k_weights.reshape(-1),
+        weights,
         fan_out=k,
         out_dtype=hidden_states.dtype,
         expert_ids=expert_ids,
@@ -194,8 +199,8 @@ def moe_mlp_backward(
     w_down = down_proj if is_transposed else down_proj.mT
     A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
     A_down, B_down = _lora(down_A, down_B, dtype)
-    expert_ids, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, expert_ids.numel()))
+    expert_ids, weights = _flat(top_k_index), _flat(top_k_weights)
+    routing = backend.routing(scattered_idxs, expert_offsets)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
     need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
@@ -344,7 +349,7 @@ def parallel_linear_forward(
     dtype = expert_weights.dtype
     x = inputs.to(dtype)
     x_fan_out = 0 if grouped_in else k
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
+    routing = backend.routing(scattered_idxs, expert_offsets)
     A, B = _lora(A, B, dtype)
     xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
     out = run.grouped_gemm(
@@ -360,7 +365,7 @@ def parallel_linear_forward(
         zero_tail=True,
     )
     if gates is not None:
-        out = run.combine(out, gates.reshape(-1), fan_out=gates.shape[1], out_dtype=inputs.dtype)
+        out = run.combine(out, _flat(gates), fan_out=gates.shape[1], out_dtype=inputs.dtype)
     return [out, _empty(x) if xa is None else xa]
 
 
@@ -396,10 +401,10 @@ def parallel_linear_backward(
     x, dout = inputs.to(dtype), dout.to(dtype)
     x_fan_out = 0 if grouped_in else k
     if gates is not None:
-        dout_fan_out, row_weights = gates.shape[1], gates.reshape(-1)
+        dout_fan_out, row_weights = gates.shape[1], _flat(gates)
     else:
         dout_fan_out, row_weights = 0 if grouped_out else 1, None
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
+    routing = backend.routing(scattered_idxs, expert_offsets)
     A_in, B_in = _lora(A, B, dtype)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads = [_empty(inputs) for _ in needs]

@@ -53,7 +53,10 @@ def up_name(experts: Any) -> str:
 
 def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     """The name of the fused activation, or the module's own function where there is none of the same formula."""
-    name = ACTIVATIONS.get(type(getattr(experts, "act_fn", None)).__name__)
+    act_fn = getattr(experts, "act_fn", None)
+    name = ACTIVATIONS.get(type(act_fn).__name__)
+    if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
+        name = "gelu_tanh"
     if not experts.has_gate:
         return name or experts.act_fn
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
@@ -66,8 +69,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
 
     Under PEFT's own forward, which merges LoRA into the weights by a parametrization, the factors are taken from the
-    parametrization and the merged weight is never made.
+    parametrization and the merged weight is never made. Experts that can't be fused (`unsupported`) run their own
+    forward: an experts implementation is chosen for a whole config, which they may share with others that can.
     """
+    if unsupported(self):
+        return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
     return fused_experts(self, hidden_states, top_k_index, top_k_weights, {})
 
 

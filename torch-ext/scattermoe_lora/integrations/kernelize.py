@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -115,8 +114,8 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
     fuse_wrapper(outer)
     if outer_name:
         parent, attribute = modules[_parent(outer_name)], outer_name.rpartition(".")[2]
-        if not any(getattr(hook, "func", None) is _fuse_later for hook in parent._forward_pre_hooks.values()):
-            parent.register_forward_pre_hook(functools.partial(_fuse_later, attribute))
+        if attribute not in (getattr(hook, "attribute", None) for hook in parent._forward_pre_hooks.values()):
+            parent.register_forward_pre_hook(_FuseLater(attribute))
     activation = fused_activation(experts)
     return Switched(
         name=outer_name,
@@ -132,6 +131,11 @@ def fuse_wrapper(module: Any) -> None:
         module.forward = MethodType(param_wrapper_forward, module)
 
 
-def _fuse_later(attribute: str, parent: nn.Module, args: object) -> None:
-    """A forward pre-hook of the block that holds the experts: PEFT may wrap them after `kernelize`."""
-    fuse_wrapper(getattr(parent, attribute))
+@dataclass(frozen=True)
+class _FuseLater:
+    """A forward pre-hook of the block that holds experts as ``attribute``: PEFT may wrap them after `kernelize`."""
+
+    attribute: str
+
+    def __call__(self, parent: nn.Module, args: object) -> None:
+        fuse_wrapper(getattr(parent, self.attribute))

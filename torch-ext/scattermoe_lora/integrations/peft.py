@@ -52,28 +52,30 @@ def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:
     for wrapper in wrappers:
         if wrapper.parameter_name not in (up_name(experts), "down_proj") or wrapper.parameter_name in loras:
             return None
-        if wrapper.disable_adapters and wrapper.merged:
-            return None  # PEFT's forward unmerges
-        if wrapper.disable_adapters or wrapper.merged:
-            continue
-        active = [
-            ExpertLoRA.from_peft(
-                wrapper.lora_A[name].weight,
-                wrapper.lora_B[name].weight,
-                wrapper.num_experts,
-                wrapper.scaling[name],
-            )
-            for name in wrapper.active_adapters
-            if name in wrapper.lora_A
-        ]
-        if active:
-            loras[wrapper.parameter_name] = _stacked(active)
+        lora = active_lora(wrapper)
+        if lora is not None:
+            loras[wrapper.parameter_name] = lora
     return loras
 
 
-def _stacked(loras: list[ExpertLoRA]) -> ExpertLoRA:
-    """The sum of several updates, as one whose rank is the sum of theirs."""
-    if len(loras) == 1:
-        return loras[0]
+def active_lora(wrapper: Any) -> ExpertLoRA | None:
+    """The update that a `ParamWrapper` applies now; None if its adapters are disabled or merged, or none is active.
+
+    As PEFT's own forward does, it unmerges what is merged while adapters are disabled. Several active adapters are one
+    whose rank is the sum of theirs.
+    """
+    if wrapper.disable_adapters and wrapper.merged:
+        wrapper.unmerge()
+    if wrapper.disable_adapters or wrapper.merged:
+        return None
+    loras = [
+        ExpertLoRA.from_peft(
+            wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts, wrapper.scaling[name]
+        )
+        for name in wrapper.active_adapters
+        if name in wrapper.lora_A
+    ]
+    if len(loras) < 2:
+        return loras[0] if loras else None
     A = torch.cat([lora.A for lora in loras], dim=1)
     return ExpertLoRA(A, torch.cat([lora.scaling * lora.B for lora in loras], dim=2))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.experts import experts_forward, fused_experts, is_experts
-from ..integrations.peft import is_param_wrapper, param_wrapper_forward
+from ..integrations.experts import experts_forward, is_experts
+from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_forward, unwrap
 from ..moe_mlp import moe_mlp
+from ..types import ExpertLoRA
 
 __all__ = ["HFScatterMoEGatedMLP", "ScatterMoEExperts", "ScatterMoEGatedMLP", "ScatterMoEParamWrapper"]
 
@@ -72,7 +73,8 @@ class ScatterMoEGatedMLP(nn.Module):
     """Replaces a GraniteMoe-style block of ``router.layer``, ``input_linear`` and ``output_linear``.
 
     ``router`` has ``layer`` (a linear to ``E`` logits) and ``top_k``; the weights of ``input_linear`` are
-    ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``; ``activation`` works on the gate half.
+    ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``, with biases and LoRA if they have them (`ParallelExperts`, or
+    PEFT's wrapper of ``weight``); ``activation`` works on the gate half.
     """
 
     can_torch_compile = True
@@ -90,12 +92,18 @@ class ScatterMoEGatedMLP(nn.Module):
             gate, up = h.chunk(2, dim=-1)
             return activation(gate) * up
 
+        up, up_bias, up_lora = _linear(self.input_linear)
+        down, down_bias, down_lora = _linear(self.output_linear)
         out = moe_mlp(
             hidden_states,
-            self.input_linear.weight,
-            self.output_linear.weight,
+            up,
+            down,
             top_k_index,
             top_k_weights,
+            gate_up_lora=up_lora,
+            down_lora=down_lora,
+            gate_up_proj_bias=up_bias,
+            down_proj_bias=down_bias,
             activation="silu" if isinstance(activation, nn.SiLU) else gated,
         )
         return out.reshape(shape)
@@ -105,5 +113,20 @@ def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     if is_param_wrapper(experts):
         return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
     if is_experts(experts):
-        return fused_experts(experts, hidden_states, top_k_index, top_k_weights, {})
+        return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return experts(hidden_states, top_k_index, top_k_weights)
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor | None, ExpertLoRA | None]:
+    """Weight, bias and LoRA of an expert linear: a module with ``weight [E, out, in]``, or PEFT's wrapper of it."""
+    wrappers, linear = unwrap(module)
+    lora = None
+    for wrapper in wrappers:
+        if wrapper.parameter_name != "weight" or len(wrappers) > 1:
+            raise ValueError(f"ScatterMoEGatedMLP: can't fuse LoRA on {wrapper.parameter_name}, only on weight")
+        lora = active_lora(wrapper)
+    if getattr(linear, "lora_A", None) is not None:
+        if lora is not None:
+            raise ValueError("ScatterMoEGatedMLP: an expert linear has both PEFT's LoRA and its own; take one off")
+        lora = ExpertLoRA.from_expert_major(linear.lora_A, linear.lora_B, linear.num_experts, linear.scaling)
+    return linear.weight, getattr(linear, "bias", None), lora

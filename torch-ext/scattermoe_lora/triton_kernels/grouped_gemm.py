@@ -281,14 +281,14 @@ def _act_grad_columns(
     if HAS_GATE:
         gate_n = (n if CONCATENATED else 2 * n)[None, :]
         up_n = (n + N if CONCATENATED else 2 * n + 1)[None, :]
-        gate = tl.load(h_row[:, None] + gate_n * stride_hn, mask=full, other=0.0).to(tl.float32)
-        up = tl.load(h_row[:, None] + up_n * stride_hn, mask=full, other=0.0).to(tl.float32)
+        gate = tl.load(h_row[:, None] + gate_n.to(tl.int64) * stride_hn, mask=full, other=0.0).to(tl.float32)
+        up = tl.load(h_row[:, None] + up_n.to(tl.int64) * stride_hn, mask=full, other=0.0).to(tl.float32)
         activated = act(gate, ACTIVATION)
         a = activated * up
         tl.store(dh_row[:, None] + gate_n, (da * up * act_grad(gate, ACTIVATION)).to(dtype), mask=full)
         tl.store(dh_row[:, None] + up_n, (da * activated).to(dtype), mask=full)
     else:
-        h = tl.load(h_row[:, None] + n[None, :] * stride_hn, mask=full, other=0.0).to(tl.float32)
+        h = tl.load(h_row[:, None] + n[None, :].to(tl.int64) * stride_hn, mask=full, other=0.0).to(tl.float32)
         a = act(h, ACTIVATION)
         tl.store(dh_row[:, None] + n[None, :], (da * act_grad(h, ACTIVATION)).to(dtype), mask=full)
     if STORE_A:
@@ -296,15 +296,18 @@ def _act_grad_columns(
     return tl.sum(tl.where(full, a * g, 0.0), axis=1)
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether TMA can read a tensor with a stride of 1: 16-byte aligned base and strides, nothing expanded."""
+def _tma_can_read(tensor: Tensor, contiguous: int) -> bool:
+    """Whether TMA can read a tensor along a dimension: stride 1 there, a 16-byte aligned base and other strides."""
+    if tensor.stride(contiguous) != 1 or tensor.numel() == 0 or tensor.data_ptr() % 16:
+        return False
     size = tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(s == 1 or (s > 0 and s * size % 16 == 0) for s in tensor.stride())
+    others = [stride for dim, stride in enumerate(tensor.stride()) if dim != contiguous]
+    return all(stride > 0 and stride * size % 16 == 0 for stride in others)
 
 
 def _x_operand(x: Tensor, x_fan_out: int, tile: tiles.Tile) -> tuple[Any, bool]:
     """x as the kernel takes it: grouped contiguous rows by TMA, gathered rows by pointer."""
-    if x_fan_out == 0 and x.stride(1) == 1 and x.numel() and _aligned(x):
+    if x_fan_out == 0 and _tma_can_read(x, 1):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k]), True
     return x, False
 
@@ -317,13 +320,12 @@ def _w_operand(weight: Tensor, halves: int, tile: tiles.Tile) -> tuple[Any, str]
     E, K, N = weight.shape
     stride_e, stride_k, stride_n = weight.stride()
     width, block = N // halves, tile.block_n // halves
-    if _aligned(weight) and width * weight.element_size() % 16 == 0:
-        if stride_k == 1:
-            strides = [stride_e, stride_n * width, stride_n, 1]
-            return TensorDescriptor(weight, [E, halves, width, K], strides, [1, halves, block, tile.block_k]), "k"
-        if stride_n == 1:
-            strides = [stride_e, stride_k, width, 1]
-            return TensorDescriptor(weight, [E, K, halves, width], strides, [1, tile.block_k, halves, block]), "n"
+    if _tma_can_read(weight, 1):
+        strides = [stride_e, stride_n * width, stride_n, 1]
+        return TensorDescriptor(weight, [E, halves, width, K], strides, [1, halves, block, tile.block_k]), "k"
+    if _tma_can_read(weight, 2) and width * weight.element_size() % 16 == 0:
+        strides = [stride_e, stride_k, width, 1]
+        return TensorDescriptor(weight, [E, K, halves, width], strides, [1, tile.block_k, halves, block]), "n"
     return weight, ""
 
 

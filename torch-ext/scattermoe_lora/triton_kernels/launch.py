@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _compiled: dict[tuple, Any] = {}
+_ON_HIP = torch.version.hip is not None
 
 
 def launch(
@@ -31,6 +32,8 @@ def launch(
         elif isinstance(argument, Tensor):
             key.append(argument.dtype)
             key.append(argument.data_ptr() % 16 == 0)
+            if _ON_HIP:  # where Triton addresses tensors of up to 2 GiB with 32 bits
+                key.append(argument.untyped_storage().size() < 2**31)
             device = device or argument.device
         elif isinstance(argument, TensorDescriptor):
             key.append(argument.base.dtype)

@@ -149,7 +149,7 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
     if num_tiles:
         groups = tiles.next_power_of_2(num_experts + 1)
         # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.
-        block = min(64, 16384 // groups)
+        block = min(64, max(1, 16384 // groups))
         launch(
             _schedule_kernel,
             (tiles.cdiv(num_tiles, block),),
