@@ -82,33 +82,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _case(model: Model, T: int, dtype: torch.dtype) -> Case:
-    return Case(
-        T,
-        model.hidden_size,
-        model.intermediate_size,
-        model.num_experts,
-        model.top_k,
-        16,
-        dtype=dtype,
-        is_transposed=model.is_transposed,
-        is_concatenated=model.is_concatenated,
-        has_bias=model.has_bias,
-        scalings=(2.0, 2.0),
-        frozen=("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
-        home=torch.device("cuda"),
-    )
-
-
 def _errors(kernel: ModuleType, model: Model, T: int, dtype: torch.dtype) -> dict[str, float]:
-    case = _case(model, T, dtype)
+    case = Case.of_model(model, T, dtype)
     got = case.run(kernel, kernel.moe_mlp, case.home, reference=False)
     want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
 def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
-    case = _case(model, T, torch.bfloat16)
+    case = Case.of_model(model, T, torch.bfloat16)
     x = {name: t.to(torch.bfloat16).requires_grad_(name not in case.frozen) for name, t in case.tensors.items()}
     case.tensors = {}  # the float64 originals are not part of what is measured
     loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}

@@ -94,6 +94,25 @@ class Case:
         self.top_k_index = random_routing(self.T, self.E, self.k, generator, self.pattern)
         self.grad = normal(self.T, self.H)
 
+    @classmethod
+    def of_model(cls, model: Any, T: int, dtype: torch.dtype, r: int = 16, train_base: bool = False) -> Case:
+        """The experts layer of a real model (`cases.Model`) on the GPU, its base frozen unless ``train_base``."""
+        return cls(
+            T,
+            model.hidden_size,
+            model.intermediate_size,
+            model.num_experts,
+            model.top_k,
+            r,
+            dtype=dtype,
+            is_transposed=model.is_transposed,
+            is_concatenated=model.is_concatenated,
+            has_bias=model.has_bias,
+            scalings=(2.0, 2.0),
+            frozen=() if train_base else ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+            home=torch.device("cuda"),
+        )
+
     def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
         """Output and gradients of `function`: in float64 for the reference, else in its dtypes on the device."""
         leaves = {}

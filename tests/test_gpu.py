@@ -14,28 +14,13 @@ BOUNDS = {torch.bfloat16: 5.5e-3, torch.float16: 1e-3}
 
 
 def real_case(name: str, T: int, dtype: torch.dtype, r: int = 16, train_base: bool = False) -> Case:
-    """A model's experts layer, base frozen, fp32 adapters, on the GPU."""
+    """A model's experts layer on the GPU, if its definition in float64 fits there."""
     model = MODELS[name]
     weights = 3 * model.num_experts * model.hidden_size * model.intermediate_size
     needed = 5 * 8 * weights  # the definition in float64: the weights, merged, their gradients, and room
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
-    base = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    return Case(
-        T,
-        model.hidden_size,
-        model.intermediate_size,
-        model.num_experts,
-        model.top_k,
-        r,
-        dtype=dtype,
-        is_transposed=model.is_transposed,
-        is_concatenated=model.is_concatenated,
-        has_bias=model.has_bias,
-        scalings=(2.0, 2.0),
-        frozen=() if train_base else base,
-        home=torch.device("cuda"),
-    )
+    return Case.of_model(model, T, dtype, r, train_base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
