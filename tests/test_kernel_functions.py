@@ -271,7 +271,7 @@ SIGNATURES = {
     "ParallelExperts.clear_lora": "self",
     "moe_mlp": "hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *, gate_up_lora=None,"
     " down_lora=None, gate_up_proj_bias=None, down_proj_bias=None, is_transposed=False, is_concatenated=True,"
-    " has_gate=True, activation='silu', expert_parallel=False",
+    " has_gate=True, activation='silu', expert_norm=None, expert_parallel=False",
     "ExpertLoRA": "A, B, scaling=1.0",
     "ExpertLoRA.from_peft": "lora_A, lora_B, num_experts, scaling",
     "ExpertLoRA.from_expert_major": "lora_A, lora_B, num_experts, scaling",

@@ -76,6 +76,28 @@ def test_own_activation(kernel, device, dtype):
 
 
 @every_device
+@pytest.mark.parametrize("activation", ["silu", lambda h: torch.tanh(h[:, :24]) * h[:, 24:]], ids=["silu", "own"])
+def test_expert_norm(kernel, device, activation):
+    """A norm of every expert's output before its routing weight, against the definition written out."""
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True, activation=activation)
+
+    def norm(y):
+        return torch.nn.functional.rms_norm(y, (40,))
+
+    def definition(top_k_index, top_k_weights, **options):
+        out = 0
+        for j in range(2):
+            ones = torch.ones_like(top_k_weights[:, j : j + 1])
+            y = kernel.reference.moe_mlp(top_k_index=top_k_index[:, j : j + 1], top_k_weights=ones, **options)
+            out = out + norm(y) * top_k_weights[:, j : j + 1]
+        return out
+
+    got = case.run(kernel, lambda **options: kernel.moe_mlp(expert_norm=norm, **options), device, reference=False)
+    want = case.run(kernel, definition, device, reference=True)
+    assert_close({name: (got[name], want[name]) for name in want}, 1e-6)
+
+
+@every_device
 def test_own_activation_in_float32(kernel, device):
     """An activation may compute in float32, as autocast makes some do; its result is taken in the weights' dtype."""
 

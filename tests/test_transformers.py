@@ -167,7 +167,7 @@ def test_a_model_without_experts_is_an_error(kernel):
         kernel.kernelize(AutoModelForCausalLM.from_config(config))
 
 
-def test_quantised_experts_are_left(kernel, ran):
+def test_quantised_experts_are_left(kernel, monkeypatch):
     model = tiny_model("mixtral")
     first, second = (layer.mlp.experts for layer in model.model.layers)
     second.down_proj = torch.nn.Parameter(second.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -176,15 +176,11 @@ def test_quantised_experts_are_left(kernel, ran):
     assert report.left == (("model.layers.1.mlp.experts", "its down_proj is quantised (torch.float8_e4m3fn)"),)
     assert "left as it was: model.layers.1.mlp.experts" in str(report)
     # The config that chooses the implementation is shared: what was left must still run its own forward.
-    x, index, weights = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
-    left = copy.deepcopy(second)
-    left.down_proj = torch.nn.Parameter(second.down_proj.data.float())
-    left.has_post_expert_norm, left.post_expert_norm = True, torch.nn.LayerNorm(32)
-    assert left.config._experts_implementation == "scattermoe_lora"
-    own = type(left).forward.__wrapped__(left, x, index, weights)
-    with ran:
-        assert torch.equal(left(x, index, weights), own)
-    assert not ran.ops
+    assert second.config._experts_implementation == "scattermoe_lora"
+    own = []
+    monkeypatch.setattr(type(second).forward, "__wrapped__", lambda *arguments: own.append(arguments))
+    second(1, 2, 3)
+    assert own == [(second, 1, 2, 3)]
     first.down_proj = torch.nn.Parameter(first.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match="quantised"):
         kernel.kernelize(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .checks import FLOATS, INTEGERS, Arguments
 from .parallel_linear import expert_linear, flatten_sort_count
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, activate
 from .types import ExpertLoRA
 
 
@@ -30,6 +31,7 @@ def moe_mlp(
     is_concatenated: bool = True,
     has_gate: bool = True,
     activation: str | Callable[[Tensor], Tensor] = "silu",
+    expert_norm: Callable[[Tensor], Tensor] | None = None,
     expert_parallel: bool = False,
 ) -> Tensor:
     """The experts layer: ``out[t] = sum_j w[t, j] * down_e(act(gate_up_e(x[t])))`` with ``e = top_k_index[t, j]``.
@@ -52,6 +54,7 @@ def moe_mlp(
         activation: one of ``identity, silu, gelu, gelu_tanh, relu, relu2``, fused; or a function from the
             pre-activation ``[S, 2I]`` (grouped rows, the module's own column order) to ``[S, I]``, which runs between
             two fused products and may be anything autograd knows.
+        expert_norm: applied to every expert's output, ``[S, H]`` to ``[S, H]``, before the routing weight.
         expert_parallel: accept ids >= E, transformers' expert-parallel sentinels: no work, no output, no gradient.
 
     Returns:
@@ -82,6 +85,14 @@ def moe_mlp(
     args.lora("down_lora", down_lora, "I", "H")
     args.expert_ids("top_k_index", top_k_index, args.size("E"), allow_sentinels=expert_parallel)
 
+    if not callable(activation) and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        raise args.fail("activation", f"a function or one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if expert_norm is not None and not callable(expert_norm):
+        raise TypeError(f"moe_mlp: expert_norm must be a function or None, got {type(expert_norm).__name__}")
+    if expert_norm is not None and not callable(activation):
+        activation = functools.partial(
+            activate, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated
+        )
     if callable(activation):
         return _composed(
             hidden_states,
@@ -94,10 +105,9 @@ def moe_mlp(
             gate_up_proj_bias,
             down_proj_bias,
             activation,
+            expert_norm,
             args,
         )
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise args.fail("activation", f"a function or one of {', '.join(ACTIVATIONS)}", repr(activation))
 
     tensors = (
         hidden_states,
@@ -151,9 +161,10 @@ def _composed(
     gate_up_proj_bias: Tensor | None,
     down_proj_bias: Tensor | None,
     activation: Callable[[Tensor], Tensor],
+    expert_norm: Callable[[Tensor], Tensor] | None,
     args: Arguments,
 ) -> Tensor:
-    """The same layer with any activation: two fused linears and the function between them."""
+    """The same layer with any activation and norm: two fused linears, and the functions between and after them."""
     num_experts, k = w_up.shape[0], top_k_index.shape[1]
     _, scattered_idxs, expert_offsets = flatten_sort_count(top_k_index, num_experts)
     x = hidden_states.to(w_up.dtype)
@@ -171,7 +182,10 @@ def _composed(
         expert_offsets,
         lora=down_lora,
         bias=down_proj_bias,
-        gates=top_k_weights,
+        gates=top_k_weights if expert_norm is None else None,
         grouped_in=True,
     )
+    if expert_norm is not None:
+        y = args.tensor("expert_norm(y)", expert_norm(out), ("S", "H"), FLOATS)
+        out = (y.view(-1, k, y.shape[1]) * top_k_weights[:, :, None]).sum(1)
     return out.to(hidden_states.dtype)

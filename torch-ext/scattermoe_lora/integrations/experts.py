@@ -14,8 +14,11 @@ from ..types import ExpertLoRA
 # What transformers' @use_experts_implementation sets on every instance: by these an experts module is known.
 FLAGS = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
-# transformers' activation modules by class name, and the fused activation that computes the same.
+# Activation modules by class name, and functions by theirs, with the fused activation that computes the same.
 ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
     "SiLU": "silu",
     "SiLUActivation": "silu",
     "GELU": "gelu",
@@ -35,8 +38,6 @@ def is_experts(module: nn.Module) -> bool:
 
 def unsupported(experts: Any) -> str | None:
     """Why an experts module can't take the fused path, or None if it can."""
-    if experts.has_post_expert_norm:
-        return "it normalises each expert's output, which is not fused yet"
     for name in (up_name(experts), "down_proj"):
         weight = _stored(experts, name)
         if not isinstance(weight, Tensor) or weight.dim() != 3:
@@ -54,7 +55,7 @@ def up_name(experts: Any) -> str:
 def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     """The name of the fused activation, or the module's own function where there is none of the same formula."""
     act_fn = getattr(experts, "act_fn", None)
-    name = ACTIVATIONS.get(type(act_fn).__name__)
+    name = ACTIVATIONS.get(getattr(act_fn, "__name__", type(act_fn).__name__))
     if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
         name = "gelu_tanh"
     if not experts.has_gate:
@@ -101,6 +102,7 @@ def fused_experts(
         is_transposed=experts.is_transposed,
         has_gate=experts.has_gate,
         activation=fused_activation(experts),
+        expert_norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
         expert_parallel=experts._is_expert_parallel,
     )
 
