@@ -1,7 +1,7 @@
 """Launching: Triton analyses every argument at every launch; this remembers the answer and goes to the binary.
 
-On an H200's host a launch of these kernels through Triton takes some 75 us, six times what is left here. A step has
-18 of them: below about 4000 tokens that, not the GPU, would be its time.
+A forward of 16 tokens, 9 launches, took an H200's host 1.42 ms through Triton and 0.56 ms through this; the GPU's part
+of it is 0.25 ms.
 """
 
 from __future__ import annotations
