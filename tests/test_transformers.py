@@ -160,6 +160,20 @@ def test_report(kernel):
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == 2
 
 
+def test_a_bare_module(kernel, ran):
+    """An experts module, or PEFT's wrapper of one, with no model around it."""
+    block = tiny_model("mixtral").model.layers[0].mlp
+    wrapped = wrap(tiny_model("mixtral"), "mixtral").base_model.model.model.layers[0].mlp
+    x, index, weights = torch.randn(5, 32), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    for experts, lora in ((block.experts, ()), (wrapped.experts, ("gate_up_proj", "down_proj"))):
+        want = experts(x, index, weights)
+        report = kernel.kernelize(experts)
+        assert [(entry.name, entry.lora) for entry in report.switched] == [("", lora)]
+        with ran:
+            assert_close({"output": (experts(x, index, weights), want)}, BOUND)
+        assert ran.ops["moe_mlp_forward"] == 1 and ran.merges == 0
+
+
 def test_a_model_without_experts_is_an_error(kernel):
     config = AutoConfig.for_model("llama", hidden_size=32, intermediate_size=24, num_hidden_layers=1, vocab_size=64)
     config.num_attention_heads = config.num_key_value_heads = 2

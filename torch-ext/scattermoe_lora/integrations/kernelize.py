@@ -91,7 +91,7 @@ def kernelize(model: nn.Module) -> Report:
             left.append((name, reason))
             continue
         outer_name = name
-        while is_param_wrapper(modules.get(_parent(outer_name))):
+        while outer_name and is_param_wrapper(modules.get(_parent(outer_name))):
             outer_name = _parent(outer_name)
         switched.append(_switch(modules, name, outer_name))
     if not switched:
