@@ -13,11 +13,9 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +27,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from cases import MODELS, Model  # noqa: E402
 from numerics import Case, relative_error  # noqa: E402
+from timing import median_ms  # noqa: E402
 
 MIB = 2**20
 
@@ -106,7 +105,7 @@ def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
         for leaf in leaves:
             leaf.grad = None
 
-    row = {"forward": _median_ms(forward), "step": _median_ms(step)}
+    row = {"forward": median_ms(forward), "step": median_ms(step)}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = forward()
@@ -115,20 +114,6 @@ def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
     row["peak"] = (torch.cuda.max_memory_allocated() - before) / MIB
     row["TFLOP/s"] = 2 * model.forward_flops(T) / row["step"] / 1e9
     return row
-
-
-def _median_ms(function: Callable[[], Any], repeats: int = 15) -> float:
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _finetune() -> dict[str, Any]:

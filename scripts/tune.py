@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from cases import MODELS, Model  # noqa: E402
+from timing import median_ms  # noqa: E402
 
 DTYPE, RANK = torch.bfloat16, 16
 # Registers that a candidate may spill: what ptxas spills at one rank or dtype it doubles at another.
@@ -100,12 +100,11 @@ class Layer:
     def __post_init__(self) -> None:
         m, E, r = self.model, self.model.num_experts, RANK
         options: dict[str, Any] = {"device": "cuda", "dtype": DTYPE}
-        inner = lambda name: importlib.import_module(f"{self.kernel.__name__}.{name}")  # noqa: E731
-        self.run, Routing = inner("triton_kernels"), inner("types").Routing
+        self.run = inner(self.kernel, "triton_kernels")
         H, I, S = m.hidden_size, m.intermediate_size, self.tokens * m.top_k  # noqa: E741
         index = torch.rand(self.tokens, E, device="cuda").topk(m.top_k, dim=1).indices
         _, scattered, offsets = self.run.route(index.reshape(-1), E)
-        self.routing = Routing(scattered, offsets, self.run.schedule(offsets, S))
+        self.routing = inner(self.kernel, "backend").routing(scattered, offsets)
         self.x = torch.randn(self.tokens, H, **options)
         self.up = torch.randn(E, 2 * I, H, **options) * H**-0.5
         self.down = torch.randn(E, H, I, **options) * I**-0.5
@@ -176,24 +175,28 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
     yield "gram narrow", "gram", 128
 
 
-def load() -> tuple[Any, Any]:
+def load() -> Any:
     from kernels import get_kernel
 
-    kernel = get_kernel("org/scattermoe-lora", version=1)
-    return kernel, importlib.import_module(f"{kernel.__name__}.tiles")
+    return get_kernel("org/scattermoe-lora", version=1)
+
+
+def inner(kernel: Any, name: str) -> Any:
+    """A module inside the kernel, whose package has a generated name."""
+    return importlib.import_module(f"{kernel.__name__}.{name}")
 
 
 def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
     """In a worker: launches a candidate once on a small layer, so that Triton's cache has it."""
     try:
-        kernel, tiles = load()
+        kernel = load()
         model = Model("small", 16, 8, 2048, 768)
         layer = Layer(kernel, model, 2 * rows)
-        choose(tiles, key, tile)
+        choose(kernel, key, tile)
         for call in layer.calls(key):
             call()
         torch.cuda.synchronize()
-        launch = importlib.import_module(f"{kernel.__name__}.triton_kernels.launch")
+        launch = inner(kernel, "triton_kernels.launch")
         spills = max(compiled.n_spills for compiled in launch._compiled.values())
         launch._compiled.clear()
         return f"spills {spills} registers" if spills > SPILL_LIMIT else ""
@@ -201,9 +204,10 @@ def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
-def choose(tiles: Any, key: str, tile: dict[str, int] | None) -> None:
+def choose(kernel: Any, key: str, tile: dict[str, int] | None) -> None:
     """Puts a tile into the table in memory, or takes it out."""
-    table = tiles.table(architecture())
+    tiles = inner(kernel, "tiles")
+    table = tiles.table(architecture(kernel))
     if tile is None:
         table.pop(key, None)
     else:
@@ -212,25 +216,9 @@ def choose(tiles: Any, key: str, tile: dict[str, int] | None) -> None:
         function.cache_clear()
 
 
-def architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
-
-
-def median_ms(call: Callable[[], Any]) -> float:
-    """Of one call among five: a single short one would be timed by its launch."""
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 5)
-    return statistics.median(times)
+def architecture(kernel: Any) -> str:
+    """The GPU at hand, as the tables are named."""
+    return inner(kernel, "triton_kernels.device").gpu(torch.empty(1, device="cuda")).architecture
 
 
 def main() -> int:
@@ -243,8 +231,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: tuning needs a GPU", file=sys.stderr)
         return 2
-    kernel, tiles = load()
-    table = tiles.table(architecture())
+    kernel = load()
+    table = inner(kernel, "tiles").table(architecture(kernel))
     jobs = [
         (key, rows, tile)
         for key, kind, rows in keys(options.rows)
@@ -268,9 +256,9 @@ def main() -> int:
                     layers.clear()
                 layers[name, tokens] = Layer(kernel, MODELS[name], tokens)
             for call in layers[name, tokens].calls(key):
-                choose(tiles, key, tile)
-                row.append(median_ms(call))
-        choose(tiles, key, before)
+                choose(kernel, key, tile)
+                row.append(median_ms(call, repeats=5, calls=5))
+        choose(kernel, key, before)
         times.setdefault(key, []).append((tile, row))
         print(f"{key:<18} {' '.join(map(str, tile.values())):<16} {' '.join(f'{t:.3f}' for t in row)}", flush=True)
     for key, measured in times.items():
@@ -286,7 +274,7 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(),
         "tiles": dict(sorted(table.items())),
     }
-    (options.out / f"{architecture()}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.out / f"{architecture(kernel)}.json").write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -73,6 +74,4 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def inner(kernel: ModuleType, name: str) -> ModuleType:
     """A module inside the kernel: the loader gives the package a generated name, so it can't be imported by ours."""
-    import importlib
-
-    return importlib.import_module(f"{kernel.__name__}.{name}") if kernel.__name__ in sys.modules else None
+    return importlib.import_module(f"{kernel.__name__}.{name}")
