@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, tiles
 from .types import Routing
 
 
@@ -33,5 +33,11 @@ def routing(scattered_idxs: Tensor, expert_offsets: Tensor) -> Routing:
     """
     scattered_idxs = scattered_idxs.to(torch.int64).contiguous()
     expert_offsets = expert_offsets.to(torch.int64).contiguous()
-    tiles = of(scattered_idxs).schedule(expert_offsets, scattered_idxs.shape[0])
-    return Routing(scattered_idxs, expert_offsets, tiles)
+    schedule = of(scattered_idxs).schedule(expert_offsets, scattered_idxs.shape[0])
+    return Routing(scattered_idxs, expert_offsets, schedule)
+
+
+def fake_schedule(like: Tensor, num_slots: int, num_experts: int) -> Tensor:
+    """What `schedule` returns, in shape and dtype, for ops that are traced."""
+    size = 0 if like.device.type == "cpu" else tiles.schedule_size(num_slots, num_experts)
+    return like.new_empty(size, 3, dtype=torch.int32)

@@ -3,7 +3,7 @@
 The first half is the definition: `moe_mlp` and `parallel_linear` as one would write them on a blackboard, a loop over
 the experts with merged LoRA weights, differentiable by autograd. In float64 it is what every other path is judged by.
 
-The second half is the CPU backend: the five kernels of `triton_kernels/` with the same names, arguments and results,
+The second half is the CPU backend: the six kernels of `triton_kernels/` with the same names, arguments and results,
 each a loop over experts of dense matrix products. The operands of one call share one dtype. Rows of no expert come
 back as zeros.
 """
@@ -152,8 +152,8 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
-    """The CPU backend walks the offsets themselves: an empty int32 ``[0, 2]``."""
-    return torch.empty(0, 2, dtype=torch.int32, device=expert_offsets.device)
+    """The CPU backend walks the offsets themselves: an empty int32 ``[0, 3]``."""
+    return torch.empty(0, 3, dtype=torch.int32, device=expert_offsets.device)
 
 
 def shrink(
@@ -218,98 +218,101 @@ def grouped_gemm(
     elif zero_tail:
         out.zero_()
     for e, rows in _groups(routing):
-        acc = _gemm_rows(x, weight, routing, e, rows, x_fan_out, z, expand, bias)
+        acc = _matmul(_take(x, routing, rows, x_fan_out), weight[e])
+        if z is not None and expand is not None:
+            acc += _matmul(z[rows], expand[e])
+        if bias is not None:
+            acc += bias[e].to(acc.dtype)
         _put(out, routing, rows, out_scattered, acc)
     return out
 
 
-def grouped_gemm_act(
-    x: Tensor,
-    weight: Tensor,
+def act_shrink(
+    h: Tensor,
     routing: Routing,
     *,
-    x_fan_out: int,
     activation: str,
     has_gate: bool,
     is_concatenated: bool,
-    z: Tensor | None = None,
-    expand: Tensor | None = None,
-    bias: Tensor | None = None,
-    save_h: bool = True,
-) -> tuple[Tensor | None, Tensor]:
-    """`grouped_gemm` and the activation: ``(h [S, 2I] or None unless save_h, a [S, I])``, grouped order."""
-    width = weight.shape[2] // 2 if has_gate else weight.shape[2]
-    h = weight.new_zeros(routing.num_slots, weight.shape[2]) if save_h else None
-    a = weight.new_zeros(routing.num_slots, width)
-    for e, rows in _groups(routing):
-        acc = _gemm_rows(x, weight, routing, e, rows, x_fan_out, z, expand, bias)
-        if h is not None:
-            h[rows] = acc.to(h.dtype)
-        a[rows] = activate(acc, activation, has_gate, is_concatenated).to(a.dtype)
-    return h, a
+    factor: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """The activation, ``a = act(gate) * up``, and the shrink of it, ``z = scale * a @ factor[e]``, in one pass.
+
+    Args:
+        h: ``[S, 2I]``, or ``[S, I]`` without a gate; grouped.
+        factor: ``[E, I, r]``, or None for no ``z``.
+
+    Returns:
+        ``(a [S, I], z [S, r] or None)``, grouped, in the dtype of ``h``.
+    """
+    a = activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
+    return a, None if factor is None else shrink(a, factor, routing, x_fan_out=0, scale=scale)
 
 
-def grouped_gemm_act_grad(
-    dout: Tensor,
-    weight: Tensor,
+def act_grad_shrink(
+    g: Tensor,
+    h: Tensor,
     routing: Routing,
     *,
-    dout_fan_out: int,
-    h: Tensor,
     h_fan_out: int,
     row_weights: Tensor,
     activation: str,
     has_gate: bool,
     is_concatenated: bool,
-    z: Tensor | None = None,
-    expand: Tensor | None = None,
+    factor: Tensor | None = None,
+    scale: float = 1.0,
     save_a: bool = False,
-    need_dot: bool = True,
+    dot_dtype: torch.dtype | None = None,
     out_scattered: bool = False,
     zero_tail: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The backward of "activate, multiply by a matrix, weight": one GEMM, its epilogue the activation's gradient.
+    """The backward of "activate, then weight the row", and the shrink of what it gives, in one pass.
 
-    With ``g[row] = dout[row'] @ weight[e] + z[row] @ expand[e]`` and ``a = act(h)``: ``dh = row_weight * g * act'(h)``
-    and ``dot = <a, g>``, which is the gradient of the row's routing weight (so the forward's output is not needed).
+    With ``a = act(h)``: ``dh = row_weight * g * act'(h)``, ``u = scale * dh @ factor[e]`` and ``dot = <a, g>``. If
+    ``g`` is the gradient of ``a`` before the routing weight, ``dot`` is the weight's: no output of the forward is
+    needed.
 
     Args:
-        dout: ``[rows, K]``, addressed by ``dout_fan_out`` as in `shrink`.
-        weight: ``[E, K, I]``.
-        h: the saved pre-activation, ``[rows, 2I]`` or ``[rows, I]`` without a gate, addressed by ``h_fan_out``.
+        g: ``[S, I]``, grouped. Overwritten by ``a`` if ``save_a``: a gram needs the one when the other has been used.
+        h: the saved pre-activation, ``[rows, 2I]`` or ``[rows, I]`` without a gate, addressed by ``h_fan_out`` as in
+            `shrink`.
         row_weights: ``[S]`` in scattered order.
-        save_a: also return ``a [S, I]``, grouped.
-        need_dot: also return ``dot [S]``, scattered, float32.
+        factor: ``[E, 2I or I, r]``, or None for no ``u``.
+        dot_dtype: of ``dot``, or None for no ``dot``.
         out_scattered: put ``dh`` in scattered instead of grouped order.
-        zero_tail: write zeros to the rows of ``dh`` of no expert (only without a gate).
+        zero_tail: write zeros to the rows of ``dh`` of no expert; without it they are left as they are.
 
     Returns:
-        ``(dh [S, 2I or I], a or None, dot or None)``; ``dh`` and ``a`` in the weight's dtype.
+        ``(dh [S, 2I or I], u [S, r] or None, dot [S] or None)``; ``dot`` scattered, zero where there is no expert.
     """
     num_slots = routing.num_slots
-    dh = weight.new_zeros(num_slots, h.shape[1])
-    a_out = weight.new_zeros(num_slots, weight.shape[2]) if save_a else None
-    dot = torch.zeros(num_slots, dtype=_acc_dtype(weight.dtype), device=weight.device) if need_dot else None
+    dh = g.new_zeros(num_slots, h.shape[1])
+    dot = g.new_zeros(num_slots, dtype=dot_dtype) if dot_dtype is not None else None
+    u = g.new_zeros(num_slots, factor.shape[2]) if factor is not None else None
     act, act_grad = ACTIVATIONS[activation]
     for e, rows in _groups(routing):
         slots = routing.scattered_idxs[rows]
-        g = _gemm_rows(dout, weight, routing, e, rows, dout_fan_out, z, expand, None)
-        hr = _take(h, routing, rows, h_fan_out).to(g.dtype)
-        w = row_weights[slots, None].to(g.dtype)
+        gr = g[rows].to(_acc_dtype(g.dtype))
+        hr = _take(h, routing, rows, h_fan_out).to(gr.dtype)
+        w = row_weights[slots, None].to(gr.dtype)
         if has_gate:
             gate, up = split_gate_up(hr, is_concatenated)
             a = act(gate) * up
-            halves = (w * g * up * act_grad(gate), w * g * act(gate))
+            halves = (w * gr * up * act_grad(gate), w * gr * act(gate))
             dhr = torch.cat(halves, -1) if is_concatenated else torch.stack(halves, -1).flatten(-2)
         else:
             a = act(hr)
-            dhr = w * g * act_grad(hr)
+            dhr = w * gr * act_grad(hr)
+        dhr = dhr.to(dh.dtype)
         _put(dh, routing, rows, out_scattered, dhr)
-        if a_out is not None:
-            a_out[rows] = a.to(a_out.dtype)
+        if u is not None and factor is not None:
+            u[rows] = (scale * _matmul(dhr, factor[e])).to(u.dtype)
         if dot is not None:
-            dot[slots] = (a * g).sum(-1)
-    return dh, a_out, dot
+            dot[slots] = (a * gr).sum(-1).to(dot.dtype)
+        if save_a:
+            g[rows] = a.to(g.dtype)
+    return dh, u, dot
 
 
 def gram(
@@ -342,9 +345,9 @@ def gram(
 def combine(
     y: Tensor,
     weights: Tensor | None,
+    out: Tensor,
     *,
     fan_out: int,
-    out_dtype: torch.dtype,
     expert_ids: Tensor | None = None,
     num_experts: int = 0,
 ) -> Tensor:
@@ -353,17 +356,15 @@ def combine(
     Args:
         y: ``[S, N]`` in scattered order.
         weights: ``[S]`` or None for ones.
+        out: ``[S // f, N]``, written and returned.
         expert_ids: ``[S]``; slots whose id is outside ``[0, num_experts)`` are not read. None reads all.
-
-    Returns:
-        ``[S // f, N]``.
     """
     terms = y.to(_acc_dtype(y.dtype))
     if expert_ids is not None:
         terms = torch.where(((expert_ids >= 0) & (expert_ids < num_experts))[:, None], terms, 0.0)
     if weights is not None:
         terms = terms * weights[:, None].to(terms.dtype)
-    return terms.view(-1, fan_out, y.shape[1]).sum(1).to(out_dtype)
+    return out.copy_(terms.view(out.shape[0], fan_out, y.shape[1]).sum(1))
 
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -390,23 +391,3 @@ def _take(x: Tensor, routing: Routing, rows: slice, fan_out: int) -> Tensor:
 
 def _put(out: Tensor, routing: Routing, rows: slice, scattered: bool, values: Tensor) -> None:
     out[routing.scattered_idxs[rows] if scattered else rows] = values.to(out.dtype)
-
-
-def _gemm_rows(
-    x: Tensor,
-    weight: Tensor,
-    routing: Routing,
-    e: int,
-    rows: slice,
-    x_fan_out: int,
-    z: Tensor | None,
-    expand: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """One expert's rows of `grouped_gemm`, in the accumulation dtype."""
-    acc = _matmul(_take(x, routing, rows, x_fan_out), weight[e])
-    if z is not None and expand is not None:
-        acc += _matmul(z[rows], expand[e])
-    if bias is not None:
-        acc += bias[e].to(acc.dtype)
-    return acc

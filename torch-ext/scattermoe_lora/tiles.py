@@ -29,6 +29,7 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_processor: int = 1
+    halves: bool = False  # multiply the last rows of an expert in half a tile, if they fit there
 
     def shared_memory(self, element_size: int) -> int:
         """Bytes that the software pipeline keeps: both operands' blocks for each stage in flight."""
@@ -58,6 +59,14 @@ def num_row_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     return min(num_slots, (num_slots + (num_experts + 1) * (block_m - 1)) // block_m)
 
 
+def schedule_size(num_slots: int, num_experts: int) -> int:
+    """Entries of a schedule, its header included: a bound on `num_row_tiles` for every ``block_m``.
+
+    Smooth in ``num_slots``, so that `torch.compile` need not compile again for another one.
+    """
+    return num_slots // 16 + num_experts + 2
+
+
 def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """Depth of a step, and steps in flight: what hides a load without spilling its addresses.
 
@@ -73,9 +82,13 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     return (depth if dtype.itemsize <= 2 else depth // 2), stages
 
 
+# Ranks of a step of the LoRA update in a grouped GEMM.
+GEMM_RANK_STEP = 16
+
+
 @functools.cache
-def gemm_tile(epilogue: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
-    """The grouped GEMM's tile, for an epilogue, rows (from `block_m`) and columns of output."""
+def gemm_tile(rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The grouped GEMM's tile, for rows (from `block_m`) and columns of output."""
     depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=rows,
@@ -85,7 +98,20 @@ def gemm_tile(epilogue: str, rows: int, columns: int, dtype: torch.dtype, gpu: G
         num_warps=8 if rows >= (64 if gpu.architecture.startswith("gfx11") else 128) else 4,
         num_stages=stages,
     )
-    return _choose(f"gemm {epilogue} {rows}", rule, columns, dtype, gpu)
+    return _choose(f"gemm {rows}", rule, columns, dtype, gpu)
+
+
+@functools.cache
+def act_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The activation's tile: ``block_m`` rows, ``block_k`` units a step, ``block_n`` ranks, all of them."""
+    rule = Tile(
+        block_m=min(32, rows),
+        block_n=max(16, next_power_of_2(rank)),
+        block_k=64 if dtype.itemsize <= 2 else 32,
+        num_warps=4,
+        num_stages=2,
+    )
+    return _choose(f"act {rows}", rule, rule.block_n, dtype, gpu)
 
 
 @functools.cache
@@ -118,7 +144,7 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
 def _choose(key: str, rule: Tile, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The table's tile if it has one for the key (16-bit operands only), else the rule's; either made to fit."""
     row = table(gpu.architecture).get(key, {}) if dtype.itemsize == 2 else {}
-    tile = replace(rule, **row)
+    tile = replace(rule, **row)  # type: ignore[arg-type]
     # The table's tiles were measured on wide outputs: a narrow one needs no more columns than it has.
     tile = replace(tile, block_n=min(tile.block_n, max(16, next_power_of_2(columns))))
     return _fit(tile, dtype.itemsize, gpu.shared_memory)

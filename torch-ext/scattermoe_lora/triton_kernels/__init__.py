@@ -1,21 +1,22 @@
-"""The GPU backend: five kernel families in Triton, names, arguments and results as in `reference`'s second half.
+"""The GPU backend: six kernel families in Triton, names, arguments and results as in `reference`'s second half.
 
 Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (TF32 has 3e-4 of relative error), and
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
 """
 
+from .act import act_grad_shrink, act_shrink
 from .combine import combine
 from .gram import gram
-from .grouped_gemm import grouped_gemm, grouped_gemm_act, grouped_gemm_act_grad
+from .grouped_gemm import grouped_gemm
 from .route import route, schedule
 from .shrink import shrink
 
 __all__ = [
+    "act_grad_shrink",
+    "act_shrink",
     "combine",
     "gram",
     "grouped_gemm",
-    "grouped_gemm_act",
-    "grouped_gemm_act_grad",
     "route",
     "schedule",
     "shrink",

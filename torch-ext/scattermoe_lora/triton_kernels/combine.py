@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +18,7 @@ def _combine_kernel(
     out_ptr,
     N,
     num_experts,
+    stride_out,
     FAN_OUT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -40,38 +40,33 @@ def _combine_kernel(
             weight = tl.load(weights_ptr + slot).to(tl.float32)
             y = tl.where(valid, y * weight, 0.0)
         acc += y
-    tl.store(out_ptr + t * N + n, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + t * stride_out + n, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def combine(
     y: Tensor,
     weights: Tensor | None,
+    out: Tensor,
     *,
     fan_out: int,
-    out_dtype: torch.dtype,
     expert_ids: Tensor | None = None,
     num_experts: int = 0,
 ) -> Tensor:
-    """See `reference.combine`. ``y`` must be contiguous."""
-    num_tokens, N = y.shape[0] // fan_out, y.shape[1]
-    out = y.new_empty(num_tokens, N, dtype=out_dtype)
+    """See `reference.combine`. ``y`` must be contiguous, and so must the rows of ``out``."""
+    num_tokens, N = out.shape
     if out.numel() == 0:
         return out
     block_n = min(1024, tiles.next_power_of_2(N))
     launch(
         _combine_kernel,
         (num_tokens, tiles.cdiv(N, block_n)),
-        y,
-        weights,
-        expert_ids,
-        out,
-        N,
-        num_experts,
+        (y, weights, expert_ids, out),
+        (N, num_experts, out.stride(0)),
+        4,
+        1,
         FAN_OUT=fan_out,
         HAS_WEIGHTS=weights is not None,
         HAS_IDS=expert_ids is not None,
         BLOCK_N=block_n,
-        num_warps=4,
-        num_stages=1,
     )
     return out

@@ -84,7 +84,7 @@ def _schedule_kernel(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """tiles[1 + i] = (expert, first row): experts in order, each cut into BLOCK_M rows; last the rows of none.
+    """tiles[1 + i] = (expert, first row, end of its rows): experts in order, each cut into BLOCK_M rows, then none's.
 
     tiles[0] = how many tiles the experts have, and how many with those of no expert.
     """
@@ -98,10 +98,13 @@ def _schedule_kernel(
     before = (last[None, :] <= i[:, None]) & (e[None, :] <= num_experts)
     expert = tl.sum(before.to(tl.int32), axis=1)
     first = tl.sum(tl.where(before, count[None, :], 0), axis=1)
-    base = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0).to(tl.int32)
     used = (i < num_tiles) & (expert <= num_experts)
-    tl.store(tiles_ptr + 2 + i * 2, expert, mask=used)
-    tl.store(tiles_ptr + 3 + i * 2, base + (i - first) * BLOCK_M, mask=used)
+    base = tl.load(offsets_ptr + expert - 1, mask=used & (expert > 0), other=0).to(tl.int32)
+    bound = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    entry = tiles_ptr + 3 + i * 3
+    tl.store(entry, expert, mask=used)
+    tl.store(entry + 1, base + (i - first) * BLOCK_M, mask=used)
+    tl.store(entry + 2, tl.where(expert == num_experts, num_slots, bound), mask=used)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.sum(tl.where(e < num_experts, count, 0)))
         tl.store(tiles_ptr + 1, tl.sum(count))
@@ -121,47 +124,34 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     sorted_scattered_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
     expert_offsets = torch.empty(num_experts, dtype=torch.int64, device=device)
     sizes = (num_slots, num_blocks, num_experts)
-    grid = (num_blocks,)
-    launch(_count_kernel, grid, ids, counts, *sizes, BLOCK=BLOCK, EXPERTS=EXPERTS, num_warps=4, num_stages=1)
-    launch(
-        _place_kernel,
-        grid,
-        ids,
-        counts,
-        counts.view(-1).cumsum(0, dtype=torch.int32),
-        sorted_expert_idxs,
-        sorted_scattered_idxs,
-        expert_offsets,
-        *sizes,
-        BLOCK=BLOCK,
-        num_warps=4,
-        num_stages=1,
-    )
+    grid = (num_blocks, 1)
+    launch(_count_kernel, grid, (ids, counts), sizes, 4, 1, BLOCK=BLOCK, EXPERTS=EXPERTS)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    operands = (ids, counts, ends, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
+    launch(_place_kernel, grid, operands, sizes, 4, 1, BLOCK=BLOCK)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 
 def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
-    """The row tiles of a routing, int32 ``[n, 2]``; see `Routing.tiles`."""
+    """The row tiles of a routing, int32 ``[n, 3]``; see `Routing.tiles`."""
     num_experts = expert_offsets.shape[0]
     block_m = tiles.block_m(num_slots, num_experts)
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
-    schedule = torch.empty(1 + num_tiles, 2, dtype=torch.int32, device=expert_offsets.device)
+    size = tiles.schedule_size(num_slots, num_experts)
+    schedule = torch.empty(size, 3, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
         groups = tiles.next_power_of_2(num_experts + 1)
         # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.
         block = min(64, max(1, 16384 // groups))
         launch(
             _schedule_kernel,
-            (tiles.cdiv(num_tiles, block),),
-            expert_offsets,
-            schedule,
-            num_slots,
-            num_tiles,
-            num_experts,
+            (tiles.cdiv(num_tiles, block), 1),
+            (expert_offsets, schedule),
+            (num_slots, num_tiles, num_experts),
+            4,
+            1,
             BLOCK_M=block_m,
             BLOCK=block,
             GROUPS=groups,
-            num_warps=4,
-            num_stages=1,
         )
     return schedule

@@ -5,20 +5,22 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_rows(tiles_ptr, offsets_ptr, scattered_ptr, tile, num_slots, num_experts, BLOCK_M: tl.constexpr, skip):
-    """``(expert, first row, rows, slots, mask)``: BLOCK_M rows of a scheduled tile, past its first ``skip`` ones.
+def tile_entry(tiles_ptr, tile):
+    """``(expert, first row, end of the expert's rows)`` of a scheduled tile; see `Routing.tiles`."""
+    entry = tiles_ptr + 3 + tile * 3
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
-    Expert num_experts owns the rows of no expert. Rows past the group's end are out of the mask and repeat its first
-    row, so that they may be read.
+
+@triton.jit
+def tile_rows(first_row, end, scattered_ptr, BLOCK_M: tl.constexpr):
+    """``(rows, slots, mask)`` of BLOCK_M grouped rows, as int64.
+
+    Rows past the end are out of the mask and repeat a valid one, so that they may be read.
     """
-    expert = tl.load(tiles_ptr + 2 + tile * 2)
-    first_row = tl.load(tiles_ptr + 3 + tile * 2) + skip
-    end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
-    end = tl.where(expert == num_experts, num_slots, end)
     rows = first_row + tl.arange(0, BLOCK_M)
     mask = rows < end
-    rows = tl.where(mask, rows, tl.minimum(first_row, num_slots - 1))
-    return expert, first_row, rows.to(tl.int64), tl.load(scattered_ptr + rows), mask
+    rows = tl.where(mask, rows, tl.minimum(first_row, end - 1)).to(tl.int64)
+    return rows, tl.load(scattered_ptr + rows), mask
 
 
 @triton.jit

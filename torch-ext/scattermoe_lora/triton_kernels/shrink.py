@@ -10,7 +10,7 @@ from .. import tiles
 from ..types import Routing
 from .device import gpu
 from .launch import launch
-from .rows import operand_rows, tile_rows
+from .rows import operand_rows, tile_entry, tile_rows
 
 
 @triton.jit
@@ -19,11 +19,8 @@ def _shrink_kernel(
     factor_ptr,
     out_ptr,
     tiles_ptr,
-    offsets_ptr,
     scattered_ptr,
     scale,
-    num_slots,
-    num_experts,
     K,
     R,
     stride_xm,
@@ -43,16 +40,11 @@ def _shrink_kernel(
     tile = tl.program_id(0) // parts
     if tile >= tl.load(tiles_ptr):
         return
-    expert, _, rows, slots, mask = tile_rows(
-        tiles_ptr,
-        offsets_ptr,
-        scattered_ptr,
-        tile,
-        num_slots,
-        num_experts,
-        BLOCK_M,
-        (tl.program_id(0) % parts) * BLOCK_M,
-    )
+    expert, first_row, end = tile_entry(tiles_ptr, tile)
+    first_row += (tl.program_id(0) % parts) * BLOCK_M
+    if first_row >= end:
+        return
+    rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = factor_ptr.dtype.element_ty
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
@@ -92,26 +84,15 @@ def shrink(
     launch(
         _shrink_kernel,
         grid,
-        x,
-        factor,
-        out,
-        routing.tiles,
-        routing.expert_offsets,
-        routing.scattered_idxs,
-        scale,
-        num_slots,
-        num_experts,
-        K,
-        R,
-        *x.stride(),
-        *factor.stride(),
+        (x, factor, out, routing.tiles, routing.scattered_idxs),
+        (scale, K, R, *x.stride(), *factor.stride()),
+        tile.num_warps,
+        tile.num_stages,
         X_FAN_OUT=x_fan_out,
         OUT_SCATTERED=out_scattered,
         SCHEDULED_M=scheduled_m,
         BLOCK_M=tile.block_m,
         BLOCK_R=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
     return out
