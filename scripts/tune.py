@@ -54,9 +54,6 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (256, 64, 8, 3, 1),
             (256, 64, 8, 4, 1),
             (128, 64, 4, 3, 2),
-            (128, 64, 8, 3, 2),
-            (128, 64, 8, 4, 1),
-            (128, 128, 8, 3, 1),
         ]
     elif kind == "gemm" and rows == 64:
         values = [
@@ -64,7 +61,6 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (256, 64, 8, 4, 1),
             (128, 64, 4, 4, 2),
             (128, 64, 4, 3, 3),
-            (128, 128, 4, 4, 1),
             (128, 128, 4, 2, 2),
         ]
     elif kind == "gemm":
@@ -76,6 +72,22 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (64, 128, 4, 4, 2),
             (64, 128, 4, 3, 4),
             (64, 256, 4, 3, 2),
+        ]
+    elif kind == "act":
+        values = [
+            (m, k, w, s)
+            for m, k, w, s in (
+                (32, 32, 4, 4),
+                (32, 32, 2, 4),
+                (32, 32, 4, 3),
+                (64, 32, 4, 4),
+                (64, 16, 4, 4),
+                (16, 64, 2, 2),
+                (16, 32, 1, 4),
+                (16, 32, 2, 4),
+                (16, 128, 4, 2),
+            )
+            if m <= rows
         ]
     elif kind == "shrink":
         values = [
@@ -120,25 +132,11 @@ class Layer:
         act = {"activation": "silu", "has_gate": True, "is_concatenated": True}
         kind = key.rpartition(" ")[0] if not key.startswith("gram") else key
         return {
-            "gemm ACT": [
-                lambda: run.grouped_gemm_act(self.x, self.up.mT, routing, x_fan_out=k, z=z, expand=self.B_up.mT, **act)
+            "gemm gathered": [
+                lambda: run.grouped_gemm(self.x, self.up.mT, routing, x_fan_out=k, z=z, expand=self.B_up.mT),
+                lambda: run.grouped_gemm(self.x, self.down, routing, x_fan_out=k, z=z, expand=self.A_down),
             ],
-            "gemm ACT_GRAD": [
-                lambda: run.grouped_gemm_act_grad(
-                    self.x,
-                    self.down,
-                    routing,
-                    dout_fan_out=k,
-                    z=z,
-                    expand=self.A_down,
-                    h=self.h,
-                    h_fan_out=0,
-                    row_weights=self.weights,
-                    save_a=True,
-                    **act,
-                )
-            ],
-            "gemm STORE": [
+            "gemm grouped": [
                 lambda: run.grouped_gemm(
                     self.a, self.down.mT, routing, x_fan_out=0, out_scattered=True, z=z, expand=self.B_down.mT
                 ),
@@ -146,11 +144,24 @@ class Layer:
                     self.h, self.up, routing, x_fan_out=0, out_scattered=True, z=z, expand=self.A_up
                 ),
             ],
+            "act": [
+                lambda: run.act_shrink(self.h, routing, **act, factor=self.A_down.mT, scale=1.0),
+                lambda: run.act_grad_shrink(
+                    self.a,
+                    self.h,
+                    routing,
+                    h_fan_out=0,
+                    row_weights=self.weights,
+                    **act,
+                    factor=self.B_up,
+                    scale=1.0,
+                    save_a=True,
+                    dot_dtype=torch.float32,
+                ),
+            ],
             "shrink": [
                 lambda: run.shrink(self.x, self.A_up.mT, routing, x_fan_out=k, scale=1.0),
-                lambda: run.shrink(self.a, self.A_down.mT, routing, x_fan_out=0, scale=1.0),
                 lambda: run.shrink(self.x, self.B_down, routing, x_fan_out=k, scale=1.0),
-                lambda: run.shrink(self.h, self.B_up, routing, x_fan_out=0, scale=1.0),
             ],
             "gram narrow": [
                 lambda: run.gram(self.x, z, routing, torch.empty_like(self.A_up).mT, left_fan_out=k),
@@ -169,8 +180,9 @@ def _distinct(tiles: list[dict[str, int]]) -> list[dict[str, int]]:
 def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
     """(table key, kind, rows) of everything to tune."""
     for r in rows:
-        for epilogue in ("ACT", "ACT_GRAD", "STORE"):
-            yield f"gemm {epilogue} {r}", "gemm", r
+        yield f"gemm gathered {r}", "gemm", r
+        yield f"gemm grouped {r}", "gemm", r
+        yield f"act {r}", "act", r
         yield f"shrink {r}", "shrink", r
     yield "gram narrow", "gram", 128
 
@@ -190,11 +202,11 @@ def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
     """In a worker: launches a candidate once on a small layer, so that Triton's cache has it."""
     try:
         kernel = load()
-        model = Model("small", 16, 8, 2048, 768)
-        layer = Layer(kernel, model, 2 * rows)
-        choose(kernel, key, tile)
-        for call in layer.calls(key):
-            call()
+        for top_k in {MODELS[name].top_k for name, _ in CASES[rows]}:
+            layer = Layer(kernel, Model("small", 2 * top_k, top_k, 2048, 768), 2 * rows)
+            choose(kernel, key, tile)
+            for call in layer.calls(key):
+                call()
         torch.cuda.synchronize()
         launch = inner(kernel, "triton_kernels.launch")
         spills = max(compiled.n_spills for compiled in launch._compiled.values())
@@ -212,7 +224,7 @@ def choose(kernel: Any, key: str, tile: dict[str, int] | None) -> None:
         table.pop(key, None)
     else:
         table[key] = tile
-    for function in (tiles.gemm_tile, tiles.shrink_tile, tiles.gram_tile):
+    for function in (tiles.gemm_tile, tiles.act_tile, tiles.shrink_tile, tiles.gram_tile):
         function.cache_clear()
 
 
@@ -223,7 +235,7 @@ def architecture(kernel: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="tune the keys that start with this")
+    parser.add_argument("--only", nargs="+", default=[""], help="tune the keys that start with one of these")
     parser.add_argument("--rows", type=int, nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, default=ROOT / "torch-ext" / "scattermoe_lora" / "tile_tables")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
@@ -236,7 +248,7 @@ def main() -> int:
     jobs = [
         (key, rows, tile)
         for key, kind, rows in keys(options.rows)
-        if key.startswith(options.only)
+        if key.startswith(tuple(options.only))
         for tile in _distinct([{}, table.get(key, {}), *candidates(kind, rows)])
     ]
     context = multiprocessing.get_context("spawn")

@@ -174,6 +174,7 @@ def _gemm_combine(
             expert_ids=expert_ids,
             num_experts=routing.num_experts,
         )
+        del y  # before the next piece is allocated
 
 
 torch.library.define(add_op_namespace_prefix("moe_mlp_forward"), infer_schema(_moe_mlp_forward, mutates_args=()))

@@ -29,7 +29,6 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_processor: int = 1
-    halves: bool = False  # multiply the last rows of an expert in half a tile, if they fit there
 
     def shared_memory(self, element_size: int) -> int:
         """Bytes that the software pipeline keeps: both operands' blocks for each stage in flight."""
@@ -87,8 +86,8 @@ GEMM_RANK_STEP = 16
 
 
 @functools.cache
-def gemm_tile(rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
-    """The grouped GEMM's tile, for rows (from `block_m`) and columns of output."""
+def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The grouped GEMM's tile, for gathered or grouped rows of input, rows (from `block_m`) and columns of output."""
     depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=rows,
@@ -98,7 +97,7 @@ def gemm_tile(rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
         num_warps=8 if rows >= (64 if gpu.architecture.startswith("gfx11") else 128) else 4,
         num_stages=stages,
     )
-    return _choose(f"gemm {rows}", rule, columns, dtype, gpu)
+    return _choose(f"gemm {'gathered' if gathered else 'grouped'} {rows}", rule, columns, dtype, gpu)
 
 
 @functools.cache
@@ -144,7 +143,7 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
 def _choose(key: str, rule: Tile, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The table's tile if it has one for the key (16-bit operands only), else the rule's; either made to fit."""
     row = table(gpu.architecture).get(key, {}) if dtype.itemsize == 2 else {}
-    tile = replace(rule, **row)  # type: ignore[arg-type]
+    tile = replace(rule, **row)
     # The table's tiles were measured on wide outputs: a narrow one needs no more columns than it has.
     tile = replace(tile, block_n=min(tile.block_n, max(16, next_power_of_2(columns))))
     return _fit(tile, dtype.itemsize, gpu.shared_memory)

@@ -128,7 +128,6 @@ def _grouped_gemm_kernel(
     LORA_STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,16 +149,6 @@ def _grouped_gemm_kernel(
             out = out_ptr + operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)[:, None] * N + n[None, :]
             zeros = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
             tl.store(out, zeros, mask=mask[:, None] & (n < N)[None, :])
-        elif HALVES and end - first_row <= BLOCK_M // 2:
-            # The last rows of an expert: half of its tiles at 128 rows an expert, 1 of 9 at 512.
-            _tile(
-                x_ptr, x, w, z_ptr, expand_ptr, bias_ptr, out_ptr, scattered_ptr,
-                expert, first_row, end, column_tile, N, K, R,
-                stride_xm, stride_xk, stride_we, stride_wk, stride_wn,
-                stride_ee, stride_er, stride_en, stride_be, stride_bn,
-                X_FAN_OUT, False, W_TMA, OUT_SCATTERED, LORA_STEPS, HAS_BIAS, EVEN_K,
-                BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_R,
-            )  # fmt: skip
         else:
             _tile(
                 x_ptr, x, w, z_ptr, expand_ptr, bias_ptr, out_ptr, scattered_ptr,
@@ -220,7 +209,7 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     row_tile = tiles.block_m(num_slots, num_experts)
-    tile = tiles.gemm_tile(row_tile, N, weight.dtype, gpu(weight))
+    tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]
     block_r = min(tiles.GEMM_RANK_STEP, max(16, tiles.next_power_of_2(rank)))
     x_descriptor = _x_operand(x, x_fan_out, tile)
@@ -249,7 +238,6 @@ def grouped_gemm(
         LORA_STEPS=tiles.cdiv(rank, block_r),
         HAS_BIAS=bias is not None,
         EVEN_K=K % tile.block_k == 0,
-        HALVES=tile.halves,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -68,13 +68,14 @@ def launch(
     known = tuple(key)
     compiled = _compiled.get(known)
     if compiled is not None:
-        run, function, metadata = compiled
         stream = driver.active.get_current_stream(index)
-        run(*grid, 1, stream, function, metadata, None, None, None, *arguments, *scalars, *constants.values())
+        hooks = (None, None, None)
+        binary = (compiled.function, compiled.packed_metadata)
+        compiled.run(*grid, 1, stream, *binary, *hooks, *arguments, *scalars, *constants.values())
         return None
     names = kernel.arg_names[len(operands) + len(scalars) :]
     assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
     compiled = kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
     if compiled is not None:  # as it is from Triton's interpreter, which compiles nothing
-        _compiled[known] = compiled.run, compiled.function, compiled.packed_metadata
+        _compiled[known] = compiled
     return None
