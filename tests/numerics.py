@@ -61,11 +61,12 @@ class Case:
     scalings: tuple[float, float] = (0.5, 2.0)
     adapter_dtype: torch.dtype | None = None
     frozen: Sequence[str] = ()
+    seed: int = 20
     home: torch.device = torch.device("cpu")  # where the float64 tensors live and the definition runs
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator(self.home).manual_seed(20)
+        generator = torch.Generator(self.home).manual_seed(self.seed)
         adapter = self.adapter_dtype or self.dtype
 
         def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:

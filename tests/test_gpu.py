@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from cases import MODELS
@@ -52,6 +54,70 @@ def test_deterministic_at_real_size(kernel):
     for _ in range(5):
         again = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+FROZEN = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+REPLAYED = {
+    "frozen base": {"frozen": FROZEN, "adapter_dtype": torch.float32},
+    "gpt-oss": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
+    "no LoRA": {"r": 0},
+    "rank over 128": {"r": 144, "frozen": FROZEN},
+}
+
+
+@pytest.mark.parametrize("options", REPLAYED.values(), ids=REPLAYED)
+def test_replay(kernel, options):
+    """The second call of a shape is a replay of the first, with other data at other addresses."""
+    programs = importlib.import_module(f"{kernel.__name__}.triton_kernels.replay")._programs
+    sizes = {"T": 600, "H": 256, "I": 160, "E": 8, "k": 3, "r": 16, "dtype": torch.bfloat16}
+    cases = [Case(**(sizes | options), seed=seed, home=torch.device("cuda")) for seed in (1, 2, 3)]
+    bound = BOUNDS[torch.bfloat16]
+    kept = [cases[0].check(kernel, torch.device("cuda"), bound)]
+    known = set(programs)
+    for case in cases[1:]:
+        kept.append(case.check(kernel, torch.device("cuda"), bound))
+    assert len(known) > 0 and set(programs) == known
+
+
+def test_replay_in_pieces(kernel, monkeypatch):
+    """Columns of a weight and of the output are views, which a replay finds at other addresses too."""
+    ops = importlib.import_module(f"{kernel.__name__}.ops")
+    monkeypatch.setattr(ops, "COMBINE_BYTES", 2**18)
+    programs = importlib.import_module(f"{kernel.__name__}.triton_kernels.replay")._programs
+    for seed in (1, 2, 3):
+        case = Case(700, 1024, 192, 8, 3, 16, torch.bfloat16, seed=seed, home=torch.device("cuda"), has_bias=True)
+        case.check(kernel, torch.device("cuda"), BOUNDS[torch.bfloat16])
+        known = len(programs) if seed == 1 else known
+    assert len(programs) == known
+
+
+def test_cuda_graph(kernel):
+    """A step is captured, and replayed with other data."""
+    case = Case(512, 256, 160, 8, 3, 16, torch.bfloat16, frozen=FROZEN, home=torch.device("cuda"))
+    x = {name: t.to(torch.bfloat16).requires_grad_(name not in FROZEN) for name, t in case.tensors.items()}
+    loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
+    leaves = [x["hidden_states"], x["top_k_weights"], *(f for lora in loras.values() for f in (lora.A, lora.B))]
+    index, grad = case.top_k_index, case.grad.to(torch.bfloat16)
+
+    def step() -> list[torch.Tensor]:
+        out = kernel.moe_mlp(**x, **loras, top_k_index=index)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x["hidden_states"].normal_()
+        index.copy_(torch.rand(512, 8, device="cuda").topk(3, dim=1).indices)
+    graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(captured, step(), strict=True))
 
 
 def test_output_past_two_to_the_31(kernel):

@@ -8,7 +8,7 @@ and `impl`: a call of an empty `custom_op` took an H200's host 24 us, of this 10
 from __future__ import annotations
 
 from types import ModuleType
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _grad_of(tensor: Optional[Tensor]) -> Tensor:
 
 def _route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
     """See `reference.route`."""
-    return list(backend.of(expert_ids).route(expert_ids, num_experts))
+    return list(backend.of(expert_ids).route(expert_ids.contiguous(), num_experts))
 
 
 torch.library.define(add_op_namespace_prefix("route"), infer_schema(_route, mutates_args=()))
@@ -82,23 +82,57 @@ def _moe_mlp_forward(
     save: bool,
 ) -> List[Tensor]:
     """``[out]``, and with ``save`` what the backward needs: ``h, xa, aa, scattered_idxs, expert_offsets, tiles``."""
-    run = backend.of(hidden_states)
     dtype = gate_up_proj.dtype
-    num_experts, k = gate_up_proj.shape[0], top_k_index.shape[1]
-    x = hidden_states.to(dtype)
+    tensors = (
+        hidden_states.to(dtype),
+        gate_up_proj,
+        down_proj,
+        gate_up_proj_bias,
+        down_proj_bias,
+        *_lora(gate_up_A, gate_up_B, dtype),
+        *_lora(down_A, down_B, dtype),
+        _flat(top_k_weights),
+        _flat(top_k_index),
+    )
+    flags = (is_transposed, is_concatenated, has_gate, activation)
+    options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, save)
+    outputs = backend.of(hidden_states).replay(_forward_body, tensors, options)
+    return [gate_up_proj.new_empty(0) if output is None else output for output in outputs]
+
+
+def _forward_body(
+    run: ModuleType,
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_proj_bias: Optional[Tensor],
+    down_proj_bias: Optional[Tensor],
+    A_up: Optional[Tensor],
+    B_up: Optional[Tensor],
+    A_down: Optional[Tensor],
+    B_down: Optional[Tensor],
+    weights: Tensor,
+    expert_ids: Tensor,
+    out_dtype: torch.dtype,
+    gate_up_scaling: float,
+    down_scaling: float,
+    is_transposed: bool,
+    is_concatenated: bool,
+    has_gate: bool,
+    activation: str,
+    save: bool,
+) -> List[Optional[Tensor]]:
+    num_tokens, num_experts = x.shape[0], gate_up_proj.shape[0]
+    fan_out = expert_ids.shape[0] // num_tokens if num_tokens else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
-    A_down, B_down = _lora(down_A, down_B, dtype)
-
-    expert_ids, weights = _flat(top_k_index), _flat(top_k_weights)
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    routing = backend.routing(scattered_idxs, expert_offsets)
+    tiles = run.schedule(expert_offsets, expert_ids.shape[0])
+    routing = Routing(scattered_idxs, expert_offsets, tiles)
 
-    xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=k, scale=gate_up_scaling)
-    h = run.grouped_gemm(
-        x, w_up, routing, x_fan_out=k, z=xa, expand=None if B_up is None else B_up.mT, bias=gate_up_proj_bias
-    )
+    xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
+    expand = None if B_up is None else B_up.mT
+    h = run.grouped_gemm(x, w_up, routing, x_fan_out=fan_out, z=xa, expand=expand, bias=gate_up_proj_bias)
     a, aa = run.act_shrink(
         h,
         routing,
@@ -110,23 +144,12 @@ def _moe_mlp_forward(
     )
     if not save:
         h = None  # its memory is free for the rest
-    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
+    expand = None if B_down is None else B_down.mT
     _gemm_combine(
-        run,
-        out,
-        a,
-        w_down,
-        routing,
-        z=aa,
-        expand=None if B_down is None else B_down.mT,
-        bias=down_proj_bias,
-        weights=weights,
-        expert_ids=expert_ids,
+        run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
     )
-    if not save:
-        return [out]
-    saved = (h, _empty(x) if xa is None else xa, _empty(x) if aa is None else aa)
-    return [out, *saved, scattered_idxs, expert_offsets, routing.tiles]
+    return [out, h, xa, aa, scattered_idxs, expert_offsets, tiles] if save else [out]
 
 
 # Bytes of grouped rows that wait to be combined: 64 MiB more or less of them are not felt, 256 at 8192 tokens of
@@ -158,18 +181,18 @@ def _gemm_combine(
         whole = columns >= N  # slicing takes the host time
         y = run.grouped_gemm(
             x,
-            weight if whole else weight[:, :, piece],
+            weight if whole else run.columns(weight, piece),
             routing,
             x_fan_out=0,
             out_scattered=True,
             z=z,
-            expand=expand if whole or expand is None else expand[:, :, piece],
-            bias=bias if whole or bias is None else bias[:, piece],
+            expand=expand if whole or expand is None else run.columns(expand, piece),
+            bias=bias if whole or bias is None else run.columns(bias, piece),
         )
         run.combine(
             y,
             weights,
-            out if whole else out[:, piece],
+            out if whole else run.columns(out, piece),
             fan_out=num_slots // max(1, out.shape[0]),
             expert_ids=expert_ids,
             num_experts=routing.num_experts,
@@ -247,15 +270,80 @@ def _moe_mlp_backward(
     needs: List[bool],
 ) -> List[Tensor]:
     """Gradients of the first ten tensor arguments of `moe_mlp_forward`, in their order, where ``needs`` says so."""
-    run = backend.of(dout)
     dtype = gate_up_proj.dtype
-    k = top_k_index.shape[1]
-    x, dout = hidden_states.to(dtype), dout.to(dtype)
+    tensors = (
+        dout.to(dtype),
+        hidden_states.to(dtype),
+        gate_up_proj,
+        down_proj,
+        gate_up_proj_bias,
+        down_proj_bias,
+        gate_up_A,
+        gate_up_B,
+        down_A,
+        down_B,
+        *_lora(gate_up_A, gate_up_B, dtype),
+        *_lora(down_A, down_B, dtype),
+        _flat(top_k_weights),
+        _flat(top_k_index),
+        h,
+        xa,
+        aa,
+        scattered_idxs,
+        expert_offsets,
+        tiles,
+        down_proj_bias.to(dtype) if down_proj_bias is not None and needs[9] else None,
+    )
+    flags = (is_transposed, is_concatenated, has_gate, activation)
+    options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs))
+    *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
+    if grads[9] is not None:
+        d_weights = grads[9] if bias_dot is None else grads[9] + bias_dot[:, 0]
+        grads[9] = d_weights.to(top_k_weights.dtype).view(top_k_weights.shape)
+    return [_empty(hidden_states) if grad is None else grad for grad in grads]
+
+
+def _backward_body(
+    run: ModuleType,
+    dout: Tensor,
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_proj_bias: Optional[Tensor],
+    down_proj_bias: Optional[Tensor],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    A_up: Optional[Tensor],
+    B_up: Optional[Tensor],
+    A_down: Optional[Tensor],
+    B_down: Optional[Tensor],
+    weights: Tensor,
+    expert_ids: Tensor,
+    h: Tensor,
+    xa: Tensor,
+    aa: Tensor,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    tiles: Tensor,
+    bias_of_dot: Optional[Tensor],
+    dx_dtype: torch.dtype,
+    gate_up_scaling: float,
+    down_scaling: float,
+    is_transposed: bool,
+    is_concatenated: bool,
+    has_gate: bool,
+    activation: str,
+    needs: tuple[bool, ...],
+) -> List[Optional[Tensor]]:
+    """The ten gradients, where needed, and what a bias adds to that of the routing weights.
+
+    Factors come twice: as given, for the strides of their gradients, and as the kernels read them.
+    """
+    fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    A_up, B_up = _lora(gate_up_A, gate_up_B, dtype)
-    A_down, B_down = _lora(down_A, down_B, dtype)
-    expert_ids, weights = _flat(top_k_index), _flat(top_k_weights)
     routing = Routing(scattered_idxs, expert_offsets, tiles)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
@@ -263,16 +351,16 @@ def _moe_mlp_backward(
     need_u_up = B_up is not None and (need_x or need_up_A)
     need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
     need_a = need_down or need_down_A
-    grads = [_empty(hidden_states) for _ in needs]
+    grads: List[Any] = [None] * 11
 
     # Down projection and activation: y is never needed, and a is made again from h.
-    u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=k, scale=down_scaling)
+    u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
     if need_dh or need_a or need_weights:
-        a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=k, z=u_down, expand=A_down)
-        dot_dtype = top_k_weights.dtype
-        if down_proj_bias is not None:  # more is to be added
+        a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
+        dot_dtype = weights.dtype
+        if bias_of_dot is not None:  # more is to be added
             dot_dtype = torch.promote_types(dot_dtype, torch.float32)
-        dh, u_up, dot = run.act_grad_shrink(
+        dh, u_up, grads[9] = run.act_grad_shrink(
             a,  # the gradient of a until now, a from here on
             h,
             routing,
@@ -286,62 +374,50 @@ def _moe_mlp_backward(
             save_a=need_a,
             dot_dtype=dot_dtype if need_weights else None,
         )
-        if need_weights and down_proj_bias is not None:
-            dot = dot + _bias_dot(run, dout, down_proj_bias, routing, k)
-        if need_weights:
-            grads[9] = dot.to(top_k_weights.dtype).view(top_k_weights.shape)
+        if bias_of_dot is not None:
+            grads[10] = _bias_dot(run, dout, bias_of_dot, routing, fan_out)
     if need_down:
-        grads[2] = torch.empty_like(down_proj)
+        grads[2] = run.empty_like(down_proj)
         dw = grads[2] if is_transposed else grads[2].mT
-        run.gram(a, dout, routing, dw, left_fan_out=0, right_fan_out=k, row_weights=weights)
+        run.gram(a, dout, routing, dw, left_fan_out=0, right_fan_out=fan_out, row_weights=weights)
     if need_down_bias:
-        grads[4] = _grad_of(down_proj_bias)
-        run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=k, row_weights=weights)
+        grads[4] = run.empty_like(down_proj_bias)
+        run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
     if need_down_A:
-        grads[7] = _grad_of(down_A)
+        grads[7] = run.empty_like(down_A)
         run.gram(a, u_down, routing, grads[7].mT, left_fan_out=0, row_weights=weights)
     if need_down_B:
-        grads[8] = _grad_of(down_B)
-        run.gram(dout, aa, routing, grads[8], left_fan_out=k, row_weights=weights)
+        grads[8] = run.empty_like(down_B)
+        run.gram(dout, aa, routing, grads[8], left_fan_out=fan_out, row_weights=weights)
     if not need_dh:
         return grads
     a = None  # its memory is free for dX
 
     # Gate and up projection.
     if need_up:
-        grads[1] = torch.empty_like(gate_up_proj)
+        grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
-        run.gram(x, dh, routing, dw, left_fan_out=k)
+        run.gram(x, dh, routing, dw, left_fan_out=fan_out)
     if need_up_bias:
-        grads[3] = _grad_of(gate_up_proj_bias)
+        grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5] = _grad_of(gate_up_A)
-        run.gram(x, u_up, routing, grads[5].mT, left_fan_out=k)
+        grads[5] = run.empty_like(gate_up_A)
+        run.gram(x, u_up, routing, grads[5].mT, left_fan_out=fan_out)
     if need_up_B:
-        grads[6] = _grad_of(gate_up_B)
+        grads[6] = run.empty_like(gate_up_B)
         run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_x:
-        grads[0] = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
         _gemm_combine(
-            run,
-            grads[0],
-            dh,
-            w_up.mT,
-            routing,
-            z=u_up,
-            expand=A_up,
-            bias=None,
-            weights=None,
-            expert_ids=expert_ids,
+            run, grads[0], dh, w_up.mT, routing, z=u_up, expand=A_up, bias=None, weights=None, expert_ids=expert_ids
         )
     return grads
 
 
-def _bias_dot(run, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
-    """``<dout, bias[e]>`` of each slot, scattered: what the bias adds to the gradient of a routing weight."""
-    bias = bias.to(dout.dtype)[:, :, None]
-    return run.shrink(dout, bias, routing, x_fan_out=fan_out, scale=1.0, out_scattered=True)[:, 0]
+def _bias_dot(run: ModuleType, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
+    """``<dout, bias[e]>`` of each slot, scattered ``[S, 1]``: what the bias adds to a routing weight's gradient."""
+    return run.shrink(dout, bias[:, :, None], routing, x_fan_out=fan_out, scale=1.0, out_scattered=True)
 
 
 def _fake_grads(inputs, needs):
@@ -521,7 +597,8 @@ def _parallel_linear_backward(
             )
             if gates is not None and need_gates:
                 if expert_biases is not None:
-                    dot = dot + _bias_dot(run, dout, expert_biases, routing, dout_fan_out)
+                    bias = expert_biases.to(dout.dtype)
+                    dot = dot + _bias_dot(run, dout, bias, routing, dout_fan_out)[:, 0]
                 grads[5] = dot.to(gates.dtype).view(gates.shape)
         if need_x:
             if x_fan_out > 1:

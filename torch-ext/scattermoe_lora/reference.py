@@ -11,7 +11,8 @@ back as zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,29 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 # ---------------------------------------------------------------------------------------------------------------------
 # The CPU backend
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> list[Tensor | None]:
+    """``body(run, *tensors, *options)``, where ``run`` has the functions of this half: it computes by them alone.
+
+    The GPU backend works out what to launch once for each shape, and then replays it.
+    """
+    return body(sys.modules[__name__], *tensors, *options)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(like: Tensor) -> Tensor:
+    """A new tensor with the strides of a dense one."""
+    return torch.empty_like(like)
+
+
+def columns(tensor: Tensor, piece: slice) -> Tensor:
+    """``tensor[..., piece]``."""
+    return tensor[..., piece]
 
 
 def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

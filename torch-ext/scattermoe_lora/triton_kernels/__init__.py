@@ -8,15 +8,21 @@ from .act import act_grad_shrink, act_shrink
 from .combine import combine
 from .gram import gram
 from .grouped_gemm import grouped_gemm
+from .launch import columns, empty, empty_like
+from .replay import replay
 from .route import route, schedule
 from .shrink import shrink
 
 __all__ = [
     "act_grad_shrink",
     "act_shrink",
+    "columns",
     "combine",
+    "empty",
+    "empty_like",
     "gram",
     "grouped_gemm",
+    "replay",
     "route",
     "schedule",
     "shrink",

@@ -15,7 +15,7 @@ from .. import tiles
 from ..types import Routing
 from .activations import act, act_grad
 from .device import gpu
-from .launch import launch
+from .launch import empty, launch
 from .rows import operand_rows, tile_entry, tile_rows
 from .shrink import shrink
 
@@ -240,8 +240,8 @@ def act_shrink(
     num_slots = routing.num_slots
     N = h.shape[1] // 2 if has_gate else h.shape[1]
     rank = 0 if factor is None else factor.shape[2]
-    a = h.new_empty(num_slots, N)
-    z = None if factor is None else h.new_empty(num_slots, rank)
+    a = empty(num_slots, N, dtype=h.dtype, device=h.device)
+    z = None if factor is None else empty(num_slots, rank, dtype=h.dtype, device=h.device)
     if a.numel() == 0:
         return a, z
     scheduled_m, tile, grid = _tile(h, routing, rank)
@@ -298,9 +298,9 @@ def act_grad_shrink(
         return dh, shrink(dh, factor, routing, x_fan_out=0, scale=scale), dot
     num_slots, N = g.shape
     rank = 0 if factor is None else factor.shape[2]
-    dh = g.new_empty(num_slots, h.shape[1])
-    u = None if factor is None else g.new_empty(num_slots, rank)
-    dot = None if dot_dtype is None else g.new_empty(num_slots, dtype=dot_dtype)
+    dh = empty(num_slots, h.shape[1], dtype=g.dtype, device=g.device)
+    u = None if factor is None else empty(num_slots, rank, dtype=g.dtype, device=g.device)
+    dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
     if num_slots == 0:
         return dh, u, dot
     scheduled_m, tile, grid = _tile(h, routing, rank)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tiles
 from ..types import Routing
 from .device import gpu
-from .launch import launch
+from .launch import empty, launch
 from .rows import operand_rows, tile_entry, tile_rows
 
 # Row tiles that share a sweep over the columns, so that a weight block is read from L2 and not again from memory.
@@ -205,7 +205,7 @@ def grouped_gemm(
     num_slots, num_experts = routing.num_slots, routing.num_experts
     K, N = weight.shape[1], weight.shape[2]
     if out is None:
-        out = weight.new_empty(num_slots, N, dtype=out_dtype)
+        out = empty(num_slots, N, dtype=out_dtype or weight.dtype, device=weight.device)
     if out.numel() == 0:
         return out
     row_tile = tiles.block_m(num_slots, num_experts)

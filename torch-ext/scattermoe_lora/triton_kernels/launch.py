@@ -1,21 +1,44 @@
 """Launching: Triton analyses every argument at every launch; this remembers the answer and goes to the binary.
 
 A forward of 16 tokens, 9 launches, took an H200's host 1.42 ms through Triton's own binder; the GPU's part of it is
-0.25 ms.
+0.25 ms. What is launched and allocated here can be recorded, and then replayed without all of this: see `replay.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+Operand: TypeAlias = Tensor | TensorDescriptor | None
+
 _compiled: dict[tuple, Any] = {}
-_ON_HIP = torch.version.hip is not None
+ON_HIP = torch.version.hip is not None
+
+
+class Recorder(Protocol):
+    """What is told of everything that happens here while it is `recording.recorder` of the thread."""
+
+    def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
+
+    def allocated(self, tensor: Tensor) -> None: ...
+
+    def called(self, function: Callable, tensors: tuple[Tensor, ...]) -> None: ...
+
+    def viewed(self, view: Tensor, base: Tensor) -> None: ...
+
+
+class _Recording(threading.local):
+    recorder: Recorder | None = None
+
+
+recording = _Recording()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -29,7 +52,7 @@ def _integer_classes(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
 def launch(
     kernel: Any,
     grid: tuple[int, int],
-    operands: tuple[Tensor | TensorDescriptor | None, ...],
+    operands: tuple[Operand, ...],
     scalars: tuple[int | float, ...],
     num_warps: int,
     num_stages: int,
@@ -41,7 +64,7 @@ def launch(
     are not called.
     """
     device: torch.device | None = None
-    key: list[Any] = [kernel, num_warps, num_stages, _integer_classes(scalars), *constants.values()]
+    key: list[Any] = [id(kernel), num_warps, num_stages, _integer_classes(scalars), *constants.values()]
     arguments: list[Any] = []
     for operand in operands:
         if operand is None:
@@ -52,7 +75,7 @@ def launch(
             key.append(operand.dtype)
             if pointer % 16:
                 key.append("unaligned")
-            if _ON_HIP:  # where Triton addresses tensors of up to 2 GiB with 32 bits
+            if ON_HIP:  # where Triton addresses tensors of up to 2 GiB with 32 bits
                 key.append(operand.untyped_storage().size() < 2**31)
             arguments.append(pointer)
             device = device or operand.device
@@ -69,13 +92,50 @@ def launch(
     compiled = _compiled.get(known)
     if compiled is not None:
         stream = driver.active.get_current_stream(index)
-        hooks = (None, None, None)
-        binary = (compiled.function, compiled.packed_metadata)
-        compiled.run(*grid, 1, stream, *binary, *hooks, *arguments, *scalars, *constants.values())
-        return None
-    names = kernel.arg_names[len(operands) + len(scalars) :]
-    assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
-    compiled = kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
-    if compiled is not None:  # as it is from Triton's interpreter, which compiles nothing
-        _compiled[known] = compiled
+        run_compiled(compiled, grid, stream, (*arguments, *scalars, *constants.values()))
+    else:
+        names = kernel.arg_names[len(operands) + len(scalars) :]
+        assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
+        compiled = kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
+        if compiled is not None:  # as it is from Triton's interpreter, which compiles nothing
+            _compiled[known] = compiled
+    if recording.recorder is not None:
+        recording.recorder.launched(compiled, grid, operands, (*scalars, *constants.values()))
     return None
+
+
+def run_compiled(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
+    """Launches a compiled kernel. Pointers may be integers."""
+    hooks = (None, None, None)
+    compiled.run(*grid, 1, stream, compiled.function, compiled.packed_metadata, *hooks, *arguments)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new dense tensor; every one that a kernel writes is made here or by `empty_like`."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if recording.recorder is not None:
+        recording.recorder.allocated(tensor)
+    return tensor
+
+
+def empty_like(like: Tensor) -> Tensor:
+    """A new tensor with the strides of a dense one."""
+    tensor = torch.empty_like(like)
+    if recording.recorder is not None:
+        recording.recorder.allocated(tensor)
+    return tensor
+
+
+def call(function: Callable, *tensors: Tensor) -> None:
+    """``function(*tensors)``, which writes one of them, where a kernel of ours would gain nothing."""
+    function(*tensors)
+    if recording.recorder is not None:
+        recording.recorder.called(function, tensors)
+
+
+def columns(tensor: Tensor, piece: slice) -> Tensor:
+    """``tensor[..., piece]``."""
+    view = tensor[..., piece]
+    if recording.recorder is not None:
+        recording.recorder.viewed(view, tensor)
+    return view

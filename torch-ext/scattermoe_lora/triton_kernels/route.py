@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from .launch import launch
+from .launch import call, empty, launch
 
 # Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
 # registers a thread.
@@ -110,24 +110,28 @@ def _schedule_kernel(
         tl.store(tiles_ptr + 1, tl.sum(count))
 
 
+def _cumsum(counts: Tensor, ends: Tensor) -> None:
+    torch.cumsum(counts, 0, dtype=torch.int32, out=ends)
+
+
 def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.route`."""
+    """See `reference.route`. ``expert_ids`` must be contiguous."""
     num_slots = expert_ids.numel()
     device = expert_ids.device
+    sorted_expert_idxs = empty(num_slots, dtype=torch.int64, device=device)
+    sorted_scattered_idxs = empty(num_slots, dtype=torch.int64, device=device)
+    expert_offsets = empty(num_experts, dtype=torch.int64, device=device)
     if num_slots == 0:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return none, none.clone(), torch.zeros(num_experts, dtype=torch.int64, device=device)
-    ids = expert_ids.contiguous()
+        call(Tensor.zero_, expert_offsets)
+        return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
     num_blocks = tiles.cdiv(num_slots, BLOCK)
-    counts = torch.empty(num_experts + 1, num_blocks, dtype=torch.int32, device=device)
-    sorted_expert_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
-    sorted_scattered_idxs = torch.empty(num_slots, dtype=torch.int64, device=device)
-    expert_offsets = torch.empty(num_experts, dtype=torch.int64, device=device)
+    counts = empty((num_experts + 1) * num_blocks, dtype=torch.int32, device=device)
+    ends = empty((num_experts + 1) * num_blocks, dtype=torch.int32, device=device)
     sizes = (num_slots, num_blocks, num_experts)
     grid = (num_blocks, 1)
-    launch(_count_kernel, grid, (ids, counts), sizes, 4, 1, BLOCK=BLOCK, EXPERTS=EXPERTS)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    operands = (ids, counts, ends, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
+    launch(_count_kernel, grid, (expert_ids, counts), sizes, 4, 1, BLOCK=BLOCK, EXPERTS=EXPERTS)
+    call(_cumsum, counts, ends)
+    operands = (expert_ids, counts, ends, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
     launch(_place_kernel, grid, operands, sizes, 4, 1, BLOCK=BLOCK)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
@@ -138,7 +142,7 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
     block_m = tiles.block_m(num_slots, num_experts)
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
     size = tiles.schedule_size(num_slots, num_experts)
-    schedule = torch.empty(size, 3, dtype=torch.int32, device=expert_offsets.device)
+    schedule = empty(size, 3, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
         groups = tiles.next_power_of_2(num_experts + 1)
         # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import tiles
 from ..types import Routing
 from .device import gpu
-from .launch import launch
+from .launch import call, empty, launch
 from .rows import operand_rows, tile_entry, tile_rows
 
 
@@ -74,9 +74,11 @@ def shrink(
     """See `reference.shrink`. Rows of no expert are zeros if ``out_scattered``, else left unwritten (never read)."""
     num_slots, num_experts = routing.num_slots, routing.num_experts
     K, R = factor.shape[1], factor.shape[2]
-    out = factor.new_zeros(num_slots, R) if out_scattered else factor.new_empty(num_slots, R)
+    out = empty(num_slots, R, dtype=factor.dtype, device=factor.device)
     if out.numel() == 0:
         return out
+    if out_scattered:
+        call(Tensor.zero_, out)
     scheduled_m = tiles.block_m(num_slots, num_experts)
     tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, gpu(x))
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
