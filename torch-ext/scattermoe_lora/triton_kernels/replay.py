@@ -152,7 +152,7 @@ class _Program:
 
     def run(self, inputs: Sequence[Tensor | None], pointers: list, index: int) -> list[Tensor | None]:
         """The outputs for other inputs of the same shapes; ``pointers`` are the inputs' with a None in front."""
-        tensors: list[Tensor | None] = [None] * self.size
+        tensors: list[Any] = [None] * self.size
         pointers += [None] * (self.size - len(pointers))
         views = self.views
         for entry in range(1, 1 + len(inputs)):
@@ -164,9 +164,9 @@ class _Program:
                 compiled, grid, prepare = what
                 run_compiled(compiled, grid, stream, prepare(pointers))
             elif kind == "allocate":
-                tensor = what()
-                tensors[entries] = tensor
-                pointer = pointers[entries] = tensor.data_ptr()
+                # No other name for it: a name would keep its memory until the next one is allocated.
+                tensors[entries] = what()
+                pointer = pointers[entries] = tensors[entries].data_ptr()
                 for view, offset in views.get(entries, ()):
                     pointers[view] = pointer + offset
             else:
