@@ -151,7 +151,7 @@ SYSTEMS = {"ours": Layer.ours, "PEFT + grouped_mm": Layer.peft, "grouped_mm + Lo
 
 
 def floor_ms(layer: Layer, passes: int) -> float:
-    """The least time of a forward (1) or a step (2): the base products, or reading the weights of experts that are hit."""
+    """The least time of a forward (1) or a step (2): of the base products, or of reading the experts that are hit."""
     flops = passes * layer.model.forward_flops(layer.T)
     hit = layer.index.unique().numel() / layer.model.num_experts
     read = passes * hit * (layer.up.nbytes + layer.down.nbytes)

@@ -43,6 +43,7 @@ CASES = {
     16: [("Qwen3-30B-A3B", 16), ("Qwen3-30B-A3B", 256)],
 }
 GEMM = ("block_n", "block_k", "num_warps", "num_stages", "programs_per_processor")
+ACT = ("block_m", "block_n", "num_warps", "num_stages")
 OTHER = ("block_m", "block_k", "num_warps", "num_stages")
 
 
@@ -74,21 +75,7 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (64, 256, 4, 3, 2),
         ]
     elif kind == "act":
-        values = [
-            (m, k, w, s)
-            for m, k, w, s in (
-                (32, 32, 4, 4),
-                (32, 32, 2, 4),
-                (32, 32, 4, 3),
-                (64, 32, 4, 4),
-                (64, 16, 4, 4),
-                (16, 64, 2, 2),
-                (16, 32, 1, 4),
-                (16, 32, 2, 4),
-                (16, 128, 4, 2),
-            )
-            if m <= rows
-        ]
+        values = [(m, n, w, 1) for m, n, w in ((8, 256, 4), (8, 128, 4), (16, 64, 4), (32, 64, 4)) if m <= rows]
     elif kind == "shrink":
         values = [
             (m, k, w, s) for m in (32, 64, 128) if m <= rows for k, w, s in ((128, 4, 3), (64, 4, 4), (256, 4, 2))
@@ -98,7 +85,8 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
         values = [
             (p, m, w, s) for p in (64, 128, 256) for m, w, s in ((64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 4))
         ]
-    return [dict(zip(GEMM if kind == "gemm" else OTHER, value, strict=True)) for value in values]
+    names = {"gemm": GEMM, "act": ACT}.get(kind, OTHER)
+    return [dict(zip(names, value, strict=True)) for value in values]
 
 
 @dataclass
@@ -145,22 +133,22 @@ class Layer:
                 ),
             ],
             "act": [
-                lambda: run.act_shrink(self.h, routing, **act, factor=self.A_down.mT, scale=1.0),
-                lambda: run.act_grad_shrink(
+                lambda: run.act(self.h, routing, **act),
+                lambda: run.act_grad(
                     self.a,
                     self.h,
                     routing,
                     h_fan_out=0,
                     row_weights=self.weights,
                     **act,
-                    factor=self.B_up,
-                    scale=1.0,
                     save_a=True,
                     dot_dtype=torch.float32,
                 ),
             ],
             "shrink": [
                 lambda: run.shrink(self.x, self.A_up.mT, routing, x_fan_out=k, scale=1.0),
+                lambda: run.shrink(self.a, self.A_down.mT, routing, x_fan_out=0, scale=1.0),
+                lambda: run.shrink(self.h, self.B_up, routing, x_fan_out=0, scale=1.0),
                 lambda: run.shrink(self.x, self.B_down, routing, x_fan_out=k, scale=1.0),
             ],
             "gram narrow": [

@@ -133,17 +133,10 @@ def _forward_body(
     xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
     expand = None if B_up is None else B_up.mT
     h = run.grouped_gemm(x, w_up, routing, x_fan_out=fan_out, z=xa, expand=expand, bias=gate_up_proj_bias)
-    a, aa = run.act_shrink(
-        h,
-        routing,
-        activation=activation,
-        has_gate=has_gate,
-        is_concatenated=is_concatenated,
-        factor=None if A_down is None else A_down.mT,
-        scale=down_scaling,
-    )
+    a = run.act(h, routing, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)
     if not save:
         h = None  # its memory is free for the rest
+    aa = None if A_down is None else run.shrink(a, A_down.mT, routing, x_fan_out=0, scale=down_scaling)
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     expand = None if B_down is None else B_down.mT
     _gemm_combine(
@@ -348,7 +341,6 @@ def _backward_body(
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
     need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
-    need_u_up = B_up is not None and (need_x or need_up_A)
     need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
     need_a = need_down or need_down_A
     grads: List[Any] = [None] * 11
@@ -360,7 +352,7 @@ def _backward_body(
         dot_dtype = weights.dtype
         if bias_of_dot is not None:  # more is to be added
             dot_dtype = torch.promote_types(dot_dtype, torch.float32)
-        dh, u_up, grads[9] = run.act_grad_shrink(
+        dh, grads[9] = run.act_grad(
             a,  # the gradient of a until now, a from here on
             h,
             routing,
@@ -369,8 +361,6 @@ def _backward_body(
             activation=activation,
             has_gate=has_gate,
             is_concatenated=is_concatenated,
-            factor=B_up if need_u_up else None,
-            scale=gate_up_scaling,
             save_a=need_a,
             dot_dtype=dot_dtype if need_weights else None,
         )
@@ -394,6 +384,9 @@ def _backward_body(
     a = None  # its memory is free for dX
 
     # Gate and up projection.
+    u_up = None
+    if B_up is not None and (need_x or need_up_A):
+        u_up = run.shrink(dh, B_up, routing, x_fan_out=0, scale=gate_up_scaling)
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
@@ -582,7 +575,7 @@ def _parallel_linear_backward(
         else:
             dot_dtype = torch.promote_types(row_weights.dtype, torch.float32) if need_gates else None
             g = run.grouped_gemm(dout, expert_weights.mT, routing, x_fan_out=dout_fan_out, z=u, expand=A_in)
-            dx, _, dot = run.act_grad_shrink(
+            dx, dot = run.act_grad(
                 g,
                 x,
                 routing,

@@ -251,30 +251,12 @@ def grouped_gemm(
     return out
 
 
-def act_shrink(
-    h: Tensor,
-    routing: Routing,
-    *,
-    activation: str,
-    has_gate: bool,
-    is_concatenated: bool,
-    factor: Tensor | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor | None]:
-    """The activation, ``a = act(gate) * up``, and the shrink of it, ``z = scale * a @ factor[e]``, in one pass.
-
-    Args:
-        h: ``[S, 2I]``, or ``[S, I]`` without a gate; grouped.
-        factor: ``[E, I, r]``, or None for no ``z``.
-
-    Returns:
-        ``(a [S, I], z [S, r] or None)``, grouped, in the dtype of ``h``.
-    """
-    a = activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
-    return a, None if factor is None else shrink(a, factor, routing, x_fan_out=0, scale=scale)
+def act(h: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """The activation, ``act(gate) * up``: ``h [S, 2I]``, or ``[S, I]`` without a gate, to ``[S, I]``; grouped."""
+    return activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
 
 
-def act_grad_shrink(
+def act_grad(
     g: Tensor,
     h: Tensor,
     routing: Routing,
@@ -284,59 +266,51 @@ def act_grad_shrink(
     activation: str,
     has_gate: bool,
     is_concatenated: bool,
-    factor: Tensor | None = None,
-    scale: float = 1.0,
     save_a: bool = False,
     dot_dtype: torch.dtype | None = None,
     out_scattered: bool = False,
     zero_tail: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The backward of "activate, then weight the row", and the shrink of what it gives, in one pass.
+) -> tuple[Tensor, Tensor | None]:
+    """The backward of "activate, then weight the row".
 
-    With ``a = act(h)``: ``dh = row_weight * g * act'(h)``, ``u = scale * dh @ factor[e]`` and ``dot = <a, g>``. If
-    ``g`` is the gradient of ``a`` before the routing weight, ``dot`` is the weight's: no output of the forward is
-    needed.
+    With ``a = act(h)``: ``dh = row_weight * g * act'(h)`` and ``dot = <a, g>``. If ``g`` is the gradient of ``a``
+    before the routing weight, ``dot`` is the weight's: no output of the forward is needed.
 
     Args:
         g: ``[S, I]``, grouped. Overwritten by ``a`` if ``save_a``: a gram needs the one when the other has been used.
         h: the saved pre-activation, ``[rows, 2I]`` or ``[rows, I]`` without a gate, addressed by ``h_fan_out`` as in
             `shrink`.
         row_weights: ``[S]`` in scattered order.
-        factor: ``[E, 2I or I, r]``, or None for no ``u``.
         dot_dtype: of ``dot``, or None for no ``dot``.
         out_scattered: put ``dh`` in scattered instead of grouped order.
         zero_tail: write zeros to the rows of ``dh`` of no expert; without it they are left as they are.
 
     Returns:
-        ``(dh [S, 2I or I], u [S, r] or None, dot [S] or None)``; ``dot`` scattered, zero where there is no expert.
+        ``(dh [S, 2I or I], dot [S] or None)``; ``dot`` scattered, zero where there is no expert.
     """
     num_slots = routing.num_slots
     dh = g.new_zeros(num_slots, h.shape[1])
     dot = g.new_zeros(num_slots, dtype=dot_dtype) if dot_dtype is not None else None
-    u = g.new_zeros(num_slots, factor.shape[2]) if factor is not None else None
-    act, act_grad = ACTIVATIONS[activation]
-    for e, rows in _groups(routing):
+    value, slope = ACTIVATIONS[activation]
+    for _, rows in _groups(routing):
         slots = routing.scattered_idxs[rows]
         gr = g[rows].to(_acc_dtype(g.dtype))
         hr = _take(h, routing, rows, h_fan_out).to(gr.dtype)
         w = row_weights[slots, None].to(gr.dtype)
         if has_gate:
             gate, up = split_gate_up(hr, is_concatenated)
-            a = act(gate) * up
-            halves = (w * gr * up * act_grad(gate), w * gr * act(gate))
+            a = value(gate) * up
+            halves = (w * gr * up * slope(gate), w * gr * value(gate))
             dhr = torch.cat(halves, -1) if is_concatenated else torch.stack(halves, -1).flatten(-2)
         else:
-            a = act(hr)
-            dhr = w * gr * act_grad(hr)
-        dhr = dhr.to(dh.dtype)
+            a = value(hr)
+            dhr = w * gr * slope(hr)
         _put(dh, routing, rows, out_scattered, dhr)
-        if u is not None and factor is not None:
-            u[rows] = (scale * _matmul(dhr, factor[e])).to(u.dtype)
         if dot is not None:
             dot[slots] = (a * gr).sum(-1).to(dot.dtype)
         if save_a:
             g[rows] = a.to(g.dtype)
-    return dh, u, dot
+    return dh, dot
 
 
 def gram(

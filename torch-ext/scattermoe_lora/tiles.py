@@ -82,7 +82,7 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
 
 
 # Ranks of a step of the LoRA update in a grouped GEMM.
-GEMM_RANK_STEP = 16
+GEMM_RANK_STEP = 32
 
 
 @functools.cache
@@ -101,14 +101,14 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
 
 
 @functools.cache
-def act_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
-    """The activation's tile: ``block_m`` rows, ``block_k`` units a step, ``block_n`` ranks, all of them."""
+def act_tile(rows: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The activation's tile: ``block_m`` rows by ``block_n`` units a step."""
     rule = Tile(
-        block_m=min(32, rows),
-        block_n=max(16, next_power_of_2(rank)),
-        block_k=64 if dtype.itemsize <= 2 else 32,
+        block_m=min(16, rows),
+        block_n=128 if dtype.itemsize <= 2 else 64,
+        block_k=1,
         num_warps=4,
-        num_stages=2,
+        num_stages=1,
     )
     return _choose(f"act {rows}", rule, rule.block_n, dtype, gpu)
 

@@ -4,7 +4,7 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
 """
 
-from .act import act_grad_shrink, act_shrink
+from .act import act, act_grad
 from .combine import combine
 from .gram import gram
 from .grouped_gemm import grouped_gemm
@@ -14,8 +14,8 @@ from .route import route, schedule
 from .shrink import shrink
 
 __all__ = [
-    "act_grad_shrink",
-    "act_shrink",
+    "act",
+    "act_grad",
     "columns",
     "combine",
     "empty",

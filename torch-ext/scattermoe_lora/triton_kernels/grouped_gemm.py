@@ -84,7 +84,7 @@ def _tile(
 
     if LORA_STEPS > 0:
         expand_column = expand_ptr + e * stride_ee + column * stride_en
-        for step in tl.static_range(LORA_STEPS):
+        for step in tl.range(0, LORA_STEPS, num_stages=2):
             r = step * BLOCK_R + tl.arange(0, BLOCK_R)
             r_mask = r < R
             z = tl.load(z_ptr + rows[:, None] * R + r[None, :], mask=r_mask[None, :], other=0.0)
