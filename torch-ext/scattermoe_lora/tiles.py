@@ -81,10 +81,6 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     return (depth if dtype.itemsize <= 2 else depth // 2), stages
 
 
-# Ranks of a step of the LoRA update in a grouped GEMM.
-GEMM_RANK_STEP = 32
-
-
 @functools.cache
 def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The grouped GEMM's tile, for gathered or grouped rows of input, rows (from `block_m`) and columns of output."""
