@@ -150,12 +150,16 @@ class Layer:
 SYSTEMS = {"ours": Layer.ours, "PEFT + grouped_mm": Layer.peft, "grouped_mm + LoRA": Layer.grouped_mm}
 
 
+def weight_bytes(layer: Layer) -> float:
+    """Bytes of the experts that are hit: what a forward must read, and a backward again."""
+    hit = layer.index.unique().numel() / layer.model.num_experts
+    return hit * (layer.up.nbytes + layer.down.nbytes)
+
+
 def floor_ms(layer: Layer, passes: int) -> float:
     """The least time of a forward (1) or a step (2): of the base products, or of reading the experts that are hit."""
-    flops = passes * layer.model.forward_flops(layer.T)
-    hit = layer.index.unique().numel() / layer.model.num_experts
-    read = passes * hit * (layer.up.nbytes + layer.down.nbytes)
-    return 1e3 * max(flops / DENSE_FLOPS, read / BYTES_PER_SECOND)
+    flops = layer.model.forward_flops(layer.T) / DENSE_FLOPS
+    return 1e3 * passes * max(flops, weight_bytes(layer) / BYTES_PER_SECOND)
 
 
 def measure(layer: Layer, forward: Callable[[], Tensor]) -> dict[str, float]:
@@ -220,6 +224,7 @@ def main() -> int:
             if "dense forward" not in entry:
                 entry["dense forward"] = median_ms(layer.dense(), repeats=25)
                 entry["floor"] = {"step": floor_ms(layer, 2), "forward": floor_ms(layer, 1)}
+                entry["step reads"] = 2 * weight_bytes(layer)
                 print(f"{name:<10}{'dense forward':<20}{'':>9}{entry['dense forward']:>9.3f}")
             try:
                 row = measure(layer, SYSTEMS[system](layer))
