@@ -174,7 +174,7 @@ def _gated(kernel: types.ModuleType, case: Case) -> None:
 
 
 def _transposed(kernel: types.ModuleType, case: Case) -> None:
-    """GPT-OSS's layout: transposed, interleaved, biased; the costliest activation; everything trains."""
+    """GPT-OSS's layout: transposed, interleaved, biased, with its gate; everything trains."""
     t = _Tensors(kernel, case)
     t.step(
         kernel.moe_mlp,
@@ -189,7 +189,7 @@ def _transposed(kernel: types.ModuleType, case: Case) -> None:
         down_proj_bias=t(NUM_EXPERTS, HIDDEN),
         is_transposed=True,
         is_concatenated=False,
-        activation="gelu",
+        activation=kernel.reference.clamped_glu(1.702, 7.0, 1.0),
     )
 
 

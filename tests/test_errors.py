@@ -223,6 +223,8 @@ WRONG = [
     ("moe_mlp", "activation", lambda _: "swish", ValueError, "silu", "'swish'"),
     ("moe_mlp", "activation", lambda _: None, ValueError, "silu", "None"),
     ("moe_mlp", "activation", lambda _: ["silu"], ValueError, "silu"),
+    ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, 7.0)", ValueError, "clamped_glu(alpha, limit, shift)"),
+    ("moe_mlp", "activation", lambda _: "clamped_glu(a, b, c)", ValueError, "clamped_glu(alpha, limit, shift)"),
     # parallel_linear; the lines with lora are parallel_linear_lora's
     ("parallel_linear", "inputs", lambda x: x[1:], ValueError, "[S / k, in]", "5 rows", "k = 2", "S = 12"),
     ("parallel_linear", "inputs", lambda x: x[:, 1:], ValueError, "expert_weights", "in = 11", str((E, H, I))),

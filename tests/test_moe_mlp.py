@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import Case, assert_close, relative_error
+from numerics import BOUNDS, Case, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 
 every_device = pytest.mark.every_device
@@ -59,6 +59,30 @@ def test_layouts(kernel, device, dtype, is_transposed, is_concatenated, has_gate
 @pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations(kernel, device, dtype, activation, has_gate):
     Case(63, 40, 24, 5, 2, 4, dtype=dtype, activation=activation, has_gate=has_gate).check(kernel, device)
+
+
+@every_device
+@pytest.mark.parametrize("is_concatenated", [True, False])
+@pytest.mark.parametrize("alpha, limit, shift", [(1.702, 0.6, 1.0), (1.0, 0.4, 0.0)], ids=["gpt-oss", "clamped silu"])
+def test_clamped_glu(kernel, device, dtype, alpha, limit, shift, is_concatenated):
+    """Limits that many pre-activations pass, against the definition and the formula written out by itself.
+
+    In bfloat16 the output alone: the gradient jumps at the limit, and rounding puts values on either side of it.
+    """
+    activation = kernel.reference.clamped_glu(alpha, limit, shift)
+    case = Case(63, 40, 24, 5, 2, 4, dtype=dtype, activation=activation, is_concatenated=is_concatenated)
+    got = case.run(kernel, kernel.moe_mlp, device, reference=False)
+
+    def function(h: torch.Tensor) -> torch.Tensor:
+        gate, up = kernel.reference.split_gate_up(h, is_concatenated)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + shift)
+
+    for definition in (activation, function):
+        case.activation = definition
+        want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)
+        compared = ["output"] if dtype == torch.bfloat16 else list(want)
+        assert_close({name: (got[name], want[name]) for name in compared}, BOUNDS[dtype])
 
 
 @every_device

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .checks import FLOATS, INTEGERS, Arguments
 from .parallel_linear import expert_linear, flatten_sort_count
-from .reference import ACTIVATIONS, activate
+from .reference import ACTIVATIONS, activate, clamped_glu_parameters
 from .types import ExpertLoRA
 
 
@@ -51,7 +51,8 @@ def moe_mlp(
         gate_up_proj_bias: ``[E, 2I]``; down_proj_bias: ``[E, H]``, weighted like the rest of the expert's output.
         is_concatenated: gate and up columns are ``[gate; up]``; else they alternate, gate first.
         has_gate: False for ``act(up x)`` without a gate: ``gate_up_proj`` is then the up projection.
-        activation: one of ``identity, silu, gelu, gelu_tanh, relu, relu2``, fused; or a function from the
+        activation: one of ``identity, silu, gelu, gelu_tanh, relu, relu2`` or, with a gate, gpt-oss's kind,
+            ``clamped_glu(alpha, limit, shift)`` with numbers (`reference.clamped_glu`), fused; or a function from the
             pre-activation ``[S, 2I]`` (grouped rows, the module's own column order) to ``[S, I]``, which runs between
             two fused products and may be anything autograd knows.
         expert_norm: applied to every expert's output, ``[S, H]`` to ``[S, H]``, before the routing weight.
@@ -85,8 +86,9 @@ def moe_mlp(
     args.lora("down_lora", down_lora, "I", "H")
     args.expert_ids("top_k_index", top_k_index, args.size("E"), allow_sentinels=expert_parallel)
 
-    if not callable(activation) and (not isinstance(activation, str) or activation not in ACTIVATIONS):
-        raise args.fail("activation", f"a function or one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if not callable(activation) and not _is_fused(activation, has_gate):
+        names = ", ".join([*ACTIVATIONS, *(["clamped_glu(alpha, limit, shift)"] if has_gate else [])])
+        raise args.fail("activation", f"a function or one of {names}", repr(activation))
     if expert_norm is not None and not callable(expert_norm):
         raise TypeError(f"moe_mlp: expert_norm must be a function or None, got {type(expert_norm).__name__}")
     if expert_norm is not None and not callable(activation):
@@ -132,6 +134,17 @@ def moe_mlp(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _MoeMlp.apply(flags, top_k_index, *tensors)
     return ops.moe_mlp_forward(*tensors, top_k_index, *flags, False)[0]
+
+
+def _is_fused(activation: object, has_gate: bool) -> bool:
+    if not isinstance(activation, str):
+        return False
+    if activation in ACTIVATIONS:
+        return True
+    try:
+        return has_gate and clamped_glu_parameters(activation) is not None
+    except ValueError:
+        return False
 
 
 class _MoeMlp(torch.autograd.Function):

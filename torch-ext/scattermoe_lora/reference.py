@@ -97,11 +97,39 @@ def split_gate_up(h: Tensor, is_concatenated: bool) -> tuple[Tensor, Tensor]:
 
 def activate(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
     """``act(gate) * up`` of ``h [S, 2I]``, or ``act(h)`` of ``h [S, I]`` for experts without a gate."""
-    act = ACTIVATIONS[activation][0]
     if not has_gate:
-        return act(h)
-    gate, up = split_gate_up(h, is_concatenated)
-    return act(gate) * up
+        return ACTIVATIONS[activation][0](h)
+    value, _, factor, _ = _gate_parts(*split_gate_up(h, is_concatenated), activation)
+    return value * factor
+
+
+def clamped_glu(alpha: float, limit: float, shift: float) -> str:
+    """The activation ``g sigmoid(alpha g) (u + shift)`` of ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``.
+
+    gpt-oss's is ``clamped_glu(1.702, 7.0, 1.0)``; that of a clamped SwiGLU has alpha 1 and shift 0.
+    """
+    return f"clamped_glu({float(alpha)!r}, {float(limit)!r}, {float(shift)!r})"
+
+
+def clamped_glu_parameters(activation: str) -> tuple[float, float, float] | None:
+    """``(alpha, limit, shift)`` of what `clamped_glu` returned, None of any other activation."""
+    if not activation.startswith("clamped_glu("):
+        return None
+    alpha, limit, shift = activation.removeprefix("clamped_glu(").removesuffix(")").split(",")
+    return float(alpha), float(limit), float(shift)
+
+
+def _gate_parts(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """``(value, slope, factor, factor's slope)`` of a gated activation ``value(gate) * factor(up)``."""
+    parameters = clamped_glu_parameters(activation)
+    if parameters is None:
+        act, act_slope = ACTIVATIONS[activation]
+        return act(gate), act_slope(gate), up, 1.0
+    alpha, limit, shift = parameters
+    g = gate.clamp(max=limit)
+    sig = torch.sigmoid(alpha * g)
+    slope = sig * (1 + alpha * g * (1 - sig)) * (gate <= limit)
+    return g * sig, slope, up.clamp(-limit, limit) + shift, (up.abs() <= limit).to(up.dtype)
 
 
 def _silu_grad(x: Tensor) -> Tensor:
@@ -291,20 +319,19 @@ def act_grad(
     num_slots = routing.num_slots
     dh = g.new_zeros(num_slots, h.shape[1])
     dot = g.new_zeros(num_slots, dtype=dot_dtype) if dot_dtype is not None else None
-    value, slope = ACTIVATIONS[activation]
     for _, rows in _groups(routing):
         slots = routing.scattered_idxs[rows]
         gr = g[rows].to(_acc_dtype(g.dtype))
         hr = _take(h, routing, rows, h_fan_out).to(gr.dtype)
         w = row_weights[slots, None].to(gr.dtype)
         if has_gate:
-            gate, up = split_gate_up(hr, is_concatenated)
-            a = value(gate) * up
-            halves = (w * gr * up * slope(gate), w * gr * value(gate))
+            value, slope, factor, factor_slope = _gate_parts(*split_gate_up(hr, is_concatenated), activation)
+            a = value * factor
+            halves = (w * gr * factor * slope, w * gr * value * factor_slope)
             dhr = torch.cat(halves, -1) if is_concatenated else torch.stack(halves, -1).flatten(-2)
         else:
-            a = value(hr)
-            dhr = w * gr * slope(hr)
+            a = ACTIVATIONS[activation][0](hr)
+            dhr = w * gr * ACTIVATIONS[activation][1](hr)
         _put(dh, routing, rows, out_scattered, dhr)
         if dot is not None:
             dot[slots] = (a * gr).sum(-1).to(dot.dtype)

@@ -7,12 +7,15 @@ in the same pass it took 232, where the two take 229, and at rank 64 it took 494
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
+from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
 from .device import gpu
@@ -49,6 +52,9 @@ def _act_kernel(
     scattered_ptr,
     N,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     HAS_GATE: tl.constexpr,
     CONCATENATED: tl.constexpr,
     SCHEDULED_M: tl.constexpr,
@@ -70,10 +76,11 @@ def _act_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         gate, up = _load_gate_up(h_row, n, start, N, 1, mask, HAS_GATE, CONCATENATED, BLOCK_M, BLOCK_N)
-        y = activations.act(gate, ACTIVATION)
         if HAS_GATE:
-            y *= up
-        a = y.to(dtype)
+            value, _, factor, _ = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            a = (value * factor).to(dtype)
+        else:
+            a = activations.act(gate, ACTIVATION).to(dtype)
         tl.store(a_row[:, None] + n[None, :], a, mask=mask[:, None] & (n < N)[None, :])
 
 
@@ -90,6 +97,9 @@ def _act_grad_kernel(
     stride_hm,
     stride_hn,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     HAS_GATE: tl.constexpr,
     CONCATENATED: tl.constexpr,
     H_FAN_OUT: tl.constexpr,
@@ -128,11 +138,11 @@ def _act_grad_kernel(
         g = tl.load(g_row[:, None] + n[None, :], mask=of_expert[:, None] & inside, other=0.0).to(tl.float32)
         gate, up = _load_gate_up(h_row, n, start, N, stride_hn, of_expert, HAS_GATE, CONCATENATED, BLOCK_M, BLOCK_N)
         da = g * weight[:, None]
-        a = activations.act(gate, ACTIVATION)
         if HAS_GATE:
-            d_gate = (da * up * activations.act_grad(gate, ACTIVATION)).to(dtype)
-            d_up = (da * a).to(dtype)
-            a *= up
+            value, slope, factor, factor_slope = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            a = value * factor
+            d_gate = (da * factor * slope).to(dtype)
+            d_up = (da * value * factor_slope).to(dtype)
             if CONCATENATED:
                 tl.store(dh_row[:, None] + n[None, :], d_gate, mask=stores[:, None] & inside)
                 tl.store(dh_row[:, None] + (n + N)[None, :], d_up, mask=stores[:, None] & inside)
@@ -141,6 +151,7 @@ def _act_grad_kernel(
                 dh = tl.reshape(tl.join(d_gate, d_up), (BLOCK_M, 2 * BLOCK_N))
                 tl.store(dh_row[:, None] + both[None, :], dh, mask=stores[:, None] & (both < 2 * N)[None, :])
         else:
+            a = activations.act(gate, ACTIVATION)
             dh = (da * activations.act_grad(gate, ACTIVATION)).to(dtype)
             tl.store(dh_row[:, None] + n[None, :], dh, mask=stores[:, None] & inside)
         dot += tl.sum(a * g, axis=1)
@@ -148,6 +159,14 @@ def _act_grad_kernel(
             tl.store(g_row[:, None] + n[None, :], a.to(dtype), mask=stores[:, None] & inside)
     if STORE_DOT:
         tl.store(dot_ptr + slots, dot.to(dot_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def _activation(activation: str) -> dict[str, str | float]:
+    """An activation as the kernels' constants."""
+    parameters = clamped_glu_parameters(activation)
+    name = activation if parameters is None else "clamped_glu"
+    return dict(zip(("ACTIVATION", "ALPHA", "LIMIT", "SHIFT"), (name, *(parameters or (0.0, 0.0, 0.0))), strict=True))
 
 
 def _tile(h: Tensor, routing: Routing) -> tuple[int, tiles.Tile, tuple[int, int]]:
@@ -174,7 +193,7 @@ def act(h: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_conc
         (N,),
         tile.num_warps,
         tile.num_stages,
-        ACTIVATION=activation,
+        **_activation(activation),
         HAS_GATE=has_gate,
         CONCATENATED=is_concatenated,
         SCHEDULED_M=scheduled_m,
@@ -213,7 +232,7 @@ def act_grad(
         (N, *h.stride()),
         tile.num_warps,
         tile.num_stages,
-        ACTIVATION=activation,
+        **_activation(activation),
         HAS_GATE=has_gate,
         CONCATENATED=is_concatenated,
         H_FAN_OUT=h_fan_out,
