@@ -2,7 +2,7 @@
 
 - ``cpu`` (default): the CPU backend; every test that needs no GPU runs.
 - ``interpreter``: the Triton kernels themselves, in Triton's interpreter, on CPU tensors; only tests marked
-  ``every_device`` run.
+  ``every_device`` or ``interpreter`` run.
 - ``cuda``: the Triton kernels on the GPU; tests marked ``every_device`` or ``gpu`` run.
 """
 
@@ -37,11 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = config.getoption("--device")
-    wanted = {"interpreter": {"every_device"}, "cuda": {"every_device", "gpu"}}.get(device)
+    wanted = {"interpreter": {"every_device", "interpreter"}, "cuda": {"every_device", "gpu"}}.get(device)
     kept, dropped = [], []
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        runs = bool(wanted & marks) if wanted else "gpu" not in marks
+        runs = bool(wanted & marks) if wanted else not marks & {"gpu", "interpreter"}
         (kept if runs else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

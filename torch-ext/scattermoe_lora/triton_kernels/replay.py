@@ -176,6 +176,11 @@ class _Program:
         return [tensors[entry] for entry in self.outputs]
 
 
+def can_replay(tensor: Tensor) -> bool:
+    """Whether there is something to replay: on CPU tensors Triton's interpreter works, which compiles nothing."""
+    return tensor.device.type != "cpu"
+
+
 def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, recorded once for each shape of the tensors and value of the options.
 
@@ -204,7 +209,7 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     given = [pointer for pointer in pointers if pointer]
     if len(set(given)) < len(given):  # tensors that share an address are not told apart: they always must share it
         key.append(tuple(map(given.index, given)))
-    if first.device.type == "cpu" or aligned % 16:
+    if not can_replay(first) or aligned % 16:
         return body(triton_kernels, *tensors, *options)
     if first.device.type == "cuda" and index != driver.active.get_current_device():
         with torch.cuda.device(first.device):

@@ -1,0 +1,160 @@
+"""Replays without a GPU: the interpreter's kernels are launched again by the addresses that a replay gives them."""
+
+from __future__ import annotations
+
+import ctypes
+import types
+
+import pytest
+import torch
+from conftest import inner
+from numerics import Case
+
+pytestmark = pytest.mark.interpreter
+
+FROZEN = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+SIZES = {"T": 21, "H": 48, "I": 40, "E": 4, "k": 2, "r": 4, "dtype": torch.float32}
+CASES = {
+    "frozen base": {"frozen": FROZEN},
+    "adapters of another dtype": {"frozen": FROZEN, "dtype": torch.float16, "adapter_dtype": torch.float32},
+    "everything trains": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
+    "no LoRA": {"r": 0},
+    "pieces": {"H": 1024, "I": 16, "has_bias": True},
+}
+
+
+def tensor_at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in memory that somebody else holds."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_byte * (elements * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+@pytest.fixture
+def replay(kernel, monkeypatch):
+    """The module, with launches that the interpreter can repeat and CPU tensors that may be replayed."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    launch, replay = inner(kernel, "triton_kernels.launch"), inner(kernel, "triton_kernels.replay")
+    start = InterpretedFunction.__getitem__
+
+    class Binary:
+        """What Triton's compiler would have returned: launched by addresses."""
+
+        function = packed_metadata = None
+
+        def __init__(self, function, arguments, options):
+            self.function_, self.options = function, options
+            self.operands = []
+            for argument in arguments:
+                if isinstance(argument, TensorDescriptor):
+                    self.operands.append(("descriptor", argument.shape, argument.strides, argument.base.dtype))
+                elif isinstance(argument, torch.Tensor):
+                    self.operands.append(("tensor", argument.shape, argument.stride(), argument.dtype))
+                elif argument is None:
+                    self.operands.append(None)
+
+        def run(self, x, y, z, stream, function, metadata, enter, leave, after, *arguments):
+            operands = []
+            for known, argument in zip(self.operands, arguments, strict=False):
+                if known is None:
+                    assert argument is None
+                    operands.append(None)
+                elif known[0] == "tensor":
+                    operands.append(tensor_at(argument, *known[1:]))
+                else:
+                    tensor = tensor_at(argument.base.data_ptr(), *known[1:])
+                    operands.append(TensorDescriptor(tensor, argument.shape, argument.strides, argument.block_shape))
+            rest = arguments[len(operands) :]
+            options = {name: self.options[name] for name in ("num_warps", "num_stages")}
+            start(self.function_, (x, y, z))(*operands, *rest, **options)
+
+    def launched(self, grid):
+        def run(*arguments, **options):
+            start(self, grid)(*arguments, **options)
+            return Binary(self, arguments, options)
+
+        return run
+
+    class Forgetful(dict):
+        """Binaries here know their operands' shapes, which Triton's do not: one for every launch."""
+
+        def get(self, key, default=None):
+            return default
+
+    active = types.SimpleNamespace(get_current_stream=lambda index: 0, get_current_device=lambda: None)
+    for module in (launch, replay):
+        monkeypatch.setattr(module, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launched)
+    monkeypatch.setattr(launch, "_compiled", Forgetful())
+    monkeypatch.setattr(replay, "_programs", {})
+    monkeypatch.setattr(replay, "can_replay", lambda tensor: True)
+    monkeypatch.setattr(inner(kernel, "ops"), "COMBINE_BYTES", 2**16)
+    return replay
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_other_data_at_other_addresses(kernel, replay, options, monkeypatch):
+    """The second step of a shape runs what the first recorded, and gives the definition's numbers for its own data."""
+    ran = []
+    run = replay._Program.run
+    monkeypatch.setattr(replay._Program, "run", lambda self, *arguments: ran.append(self) or run(self, *arguments))
+    kept = []
+    for seed in (1, 2, 3):
+        case = Case(**(SIZES | options), seed=seed)
+        kept.append(case.check(kernel, torch.device("cpu")))
+        assert len(replay._programs) == 2  # a forward's and a backward's
+        assert len(ran) == 2 * (seed - 1)
+    assert not torch.equal(kept[1]["output"], kept[2]["output"])
+
+
+def test_without_gradients(kernel, replay):
+    """Inference is a program of its own, which keeps nothing for a backward."""
+    case = Case(**SIZES)
+    with torch.no_grad():
+        x = {name: tensor.float() for name, tensor in case.tensors.items() if name[-2:] not in ("_A", "_B")}
+        outputs = [kernel.moe_mlp(**x, top_k_index=case.top_k_index) for _ in range(2)]
+    assert len(replay._programs) == 1 and torch.equal(*outputs)
+
+
+def test_one_tensor_given_twice(kernel, replay):
+    """Arguments that share memory are a case of their own: a recording of one is not replayed for two."""
+    T, H, E, k = 9, 16, 3, 2
+    torch.manual_seed(0)
+    index, weights = torch.rand(T, E).topk(k).indices, torch.rand(T, k)
+    square, other = torch.randn(E, H, H), torch.randn(E, H, H)
+    x = torch.randn(T, H)
+    for up, down in ((square, square), (square, other), (other, other), (other, square)):
+        for _ in range(2):
+            options = {"has_gate": False, "activation": "relu2"}
+            out = kernel.moe_mlp(x, up, down, index, weights, **options)
+            want = kernel.reference.moe_mlp(x.double(), up.double(), down.double(), index, weights.double(), **options)
+            assert (out - want).norm() < 1e-5 * want.norm()
+    assert len(replay._programs) == 2
+
+
+def test_an_error_leaves_no_recording(kernel, replay, monkeypatch):
+    """The next call is recorded as if nothing had been."""
+    act = inner(kernel, "triton_kernels")
+
+    def fail(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    case = Case(**SIZES)
+    with monkeypatch.context() as patch:
+        patch.setattr(act, "act", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            case.run(kernel, kernel.moe_mlp, torch.device("cpu"), reference=False)
+    assert not replay._programs
+    case.check(kernel, torch.device("cpu"))
+    case.check(kernel, torch.device("cpu"))
+    assert len(replay._programs) == 2
+
+
+def test_programs_are_bounded(kernel, replay, monkeypatch):
+    monkeypatch.setattr(replay, "CAPACITY", 4)
+    for T in range(5, 10):
+        Case(**(SIZES | {"T": T})).check(kernel, torch.device("cpu"))
+        assert len(replay._programs) <= 4
