@@ -65,11 +65,11 @@ def _act_kernel(
     tile = tl.program_id(0) // parts
     if tile >= tl.load(tiles_ptr):
         return
-    _, first_row, end = tile_entry(tiles_ptr, tile)
+    expert, first_row, end = tile_entry(tiles_ptr, tile)
     first_row += (tl.program_id(0) % parts) * BLOCK_M
     if first_row >= end:
         return
-    rows, _, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
+    rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     h_row = h_ptr + rows * (2 * N if HAS_GATE else N)
     a_row = a_ptr + rows * N
@@ -77,7 +77,7 @@ def _act_kernel(
         n = start + tl.arange(0, BLOCK_N)
         gate, up = _load_gate_up(h_row, n, start, N, 1, mask, HAS_GATE, CONCATENATED, BLOCK_M, BLOCK_N)
         if HAS_GATE:
-            value, _, factor, _ = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            value, slope, factor, factor_slope = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
             a = (value * factor).to(dtype)
         else:
             a = activations.act(gate, ACTIVATION).to(dtype)
@@ -116,7 +116,7 @@ def _act_grad_kernel(
     # Rows of no expert are visited where something is to be zeroed.
     if tile >= tl.load(tiles_ptr + (1 if ZERO_TAIL or STORE_DOT else 0)):
         return
-    _, first_row, end = tile_entry(tiles_ptr, tile)
+    expert, first_row, end = tile_entry(tiles_ptr, tile)
     first_row += (tl.program_id(0) % parts) * BLOCK_M
     if first_row >= end:
         return
