@@ -72,7 +72,9 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     64 deep and 4 where TMA loads (sm_90, sm_100); 32 deep on other NVIDIA GPUs, where 64 spilled 104 bytes a thread in
     the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950. Half as deep for float32.
     """
-    if gpu.architecture.startswith("gfx"):
+    if gpu.architecture.startswith("gfx11"):
+        depth, stages = 32, 2
+    elif gpu.architecture.startswith("gfx"):
         depth, stages = 64, 2
     elif gpu.architecture in ("sm_90", "sm_100"):
         depth, stages = 64, 4
@@ -129,7 +131,7 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     rule = Tile(
         block_m=min(128, max(16, next_power_of_2(left))),
         block_n=min(128, max(16, next_power_of_2(right))),
-        block_k=64 if dtype.itemsize <= 2 else 32,
+        block_k=32 if dtype.itemsize > 2 or gpu.architecture.startswith("gfx11") else 64,
         num_warps=4 if right <= 64 else 8,
         num_stages=min(3, _pipeline(dtype, gpu)[1]),
     )
