@@ -70,7 +70,8 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """Depth of a step, and steps in flight: what hides a load without spilling its addresses.
 
     64 deep and 4 where TMA loads (sm_90, sm_100); 32 deep on other NVIDIA GPUs, where 64 spilled 104 bytes a thread in
-    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950. Half as deep for float32.
+    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950, and 32 deep on RDNA, where 64 spilled
+    up to 836. Half as deep for float32.
     """
     if gpu.architecture.startswith("gfx11"):
         depth, stages = 32, 2
