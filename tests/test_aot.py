@@ -15,6 +15,7 @@ CASES = [
     *((family, LARGEST) for family in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
     ("sm_80", Case("linear", 32, "float16", 64)),
     ("sm_89", Case("linear", 16, "float16", 64)),
+    ("sm_90", Case("gated", 128, "bfloat16", 64)),
     ("sm_90", Case("transposed", 64, "float16", 64)),
     ("sm_90", Case("gated", 16, "float32", 16)),
     ("sm_90", Case("crowd", 16, "bfloat16", 16)),
@@ -24,6 +25,7 @@ CASES = [
     ("gfx90a", Case("linear", 64, "bfloat16", 16)),
     ("gfx950", Case("linear", 128, "bfloat16", 16)),
     ("gfx1100", Case("linear", 64, "float16", 16)),
+    ("gfx1100", Case("gated", 128, "bfloat16", 64)),
 ]
 
 
