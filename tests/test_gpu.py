@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from cases import MODELS
-from numerics import Case, relative_error
+from conftest import inner
+from numerics import BASE, Case, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -56,20 +55,19 @@ def test_deterministic_at_real_size(kernel):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-FROZEN = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 REPLAYED = {
-    "frozen base": {"frozen": FROZEN, "adapter_dtype": torch.float32},
+    "frozen base": {"frozen": BASE, "adapter_dtype": torch.float32},
     "gpt-oss": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},
-    "rank over 128": {"r": 144, "frozen": FROZEN},
+    "rank over 128": {"r": 144, "frozen": BASE},
 }
 
 
 @pytest.mark.parametrize("options", REPLAYED.values(), ids=REPLAYED)
 def test_replay(kernel, options):
     """The second call of a shape is a replay of the first, with other data at other addresses."""
-    programs = importlib.import_module(f"{kernel.__name__}.triton_kernels.replay")._programs
+    programs = inner(kernel, "triton_kernels.replay")._programs
     sizes = {"T": 600, "H": 256, "I": 160, "E": 8, "k": 3, "r": 16, "dtype": torch.bfloat16}
     cases = [Case(**(sizes | options), seed=seed, home=torch.device("cuda")) for seed in (1, 2, 3)]
     bound = BOUNDS[torch.bfloat16]
@@ -82,9 +80,9 @@ def test_replay(kernel, options):
 
 def test_replay_in_pieces(kernel, monkeypatch):
     """Columns of a weight and of the output are views, which a replay finds at other addresses too."""
-    ops = importlib.import_module(f"{kernel.__name__}.ops")
+    ops = inner(kernel, "ops")
     monkeypatch.setattr(ops, "COMBINE_BYTES", 2**18)
-    programs = importlib.import_module(f"{kernel.__name__}.triton_kernels.replay")._programs
+    programs = inner(kernel, "triton_kernels.replay")._programs
     known = []
     for seed in (1, 2, 3):
         case = Case(700, 1024, 192, 8, 3, 16, torch.bfloat16, seed=seed, home=torch.device("cuda"), has_bias=True)
@@ -96,7 +94,7 @@ def test_replay_in_pieces(kernel, monkeypatch):
 def test_peak_memory(kernel):
     """Both the first step of a shape and its replay free what they no longer need."""
     case = real_case("OLMoE-1B-7B", 8192, torch.bfloat16)
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in FROZEN) for name, t in case.tensors.items()}
+    x = {name: t.to(torch.bfloat16).requires_grad_(name not in BASE) for name, t in case.tensors.items()}
     case.tensors = {}
     loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
     grad = case.grad.to(torch.bfloat16)
@@ -118,8 +116,8 @@ def test_peak_memory(kernel):
 
 def test_cuda_graph(kernel):
     """A step is captured, and replayed with other data."""
-    case = Case(512, 256, 160, 8, 3, 16, torch.bfloat16, frozen=FROZEN, home=torch.device("cuda"))
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in FROZEN) for name, t in case.tensors.items()}
+    case = Case(512, 256, 160, 8, 3, 16, torch.bfloat16, frozen=BASE, home=torch.device("cuda"))
+    x = {name: t.to(torch.bfloat16).requires_grad_(name not in BASE) for name, t in case.tensors.items()}
     loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
     leaves = [x["hidden_states"], x["top_k_weights"], *(f for lora in loras.values() for f in (lora.A, lora.B))]
     index, grad = case.top_k_index, case.grad.to(torch.bfloat16)

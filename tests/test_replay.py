@@ -8,15 +8,14 @@ import types
 import pytest
 import torch
 from conftest import inner
-from numerics import Case
+from numerics import BASE, Case
 
 pytestmark = pytest.mark.interpreter
 
-FROZEN = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 SIZES = {"T": 21, "H": 48, "I": 40, "E": 4, "k": 2, "r": 4, "dtype": torch.float32}
 CASES = {
-    "frozen base": {"frozen": FROZEN},
-    "adapters of another dtype": {"frozen": FROZEN, "dtype": torch.float16, "adapter_dtype": torch.float32},
+    "frozen base": {"frozen": BASE},
+    "adapters of another dtype": {"frozen": BASE, "dtype": torch.float16, "adapter_dtype": torch.float32},
     "everything trains": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},

@@ -97,7 +97,7 @@ def _moe_mlp_forward(
     flags = (is_transposed, is_concatenated, has_gate, activation)
     options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, save)
     outputs = backend.of(hidden_states).replay(_forward_body, tensors, options)
-    return [gate_up_proj.new_empty(0) if output is None else output for output in outputs]
+    return [_empty(gate_up_proj) if output is None else output for output in outputs]
 
 
 def _forward_body(
@@ -171,21 +171,20 @@ def _gemm_combine(
     columns = -(-N // (pieces * COMBINE_COLUMNS)) * COMBINE_COLUMNS if pieces > 1 else max(1, N)
     for start in range(0, N, columns):
         piece = slice(start, start + columns)
-        whole = columns >= N  # slicing takes the host time
         y = run.grouped_gemm(
             x,
-            weight if whole else run.columns(weight, piece),
+            run.columns(weight, piece),
             routing,
             x_fan_out=0,
             out_scattered=True,
             z=z,
-            expand=expand if whole or expand is None else run.columns(expand, piece),
-            bias=bias if whole or bias is None else run.columns(bias, piece),
+            expand=None if expand is None else run.columns(expand, piece),
+            bias=None if bias is None else run.columns(bias, piece),
         )
         run.combine(
             y,
             weights,
-            out if whole else run.columns(out, piece),
+            run.columns(out, piece),
             fan_out=num_slots // max(1, out.shape[0]),
             expert_ids=expert_ids,
             num_experts=routing.num_experts,

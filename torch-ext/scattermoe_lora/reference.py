@@ -99,7 +99,7 @@ def activate(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) 
     """``act(gate) * up`` of ``h [S, 2I]``, or ``act(h)`` of ``h [S, I]`` for experts without a gate."""
     if not has_gate:
         return ACTIVATIONS[activation][0](h)
-    value, _, factor, _ = _gate_parts(*split_gate_up(h, is_concatenated), activation)
+    value, factor = _gate(*split_gate_up(h, is_concatenated), activation)
     return value * factor
 
 
@@ -119,17 +119,26 @@ def clamped_glu_parameters(activation: str) -> tuple[float, float, float] | None
     return float(alpha), float(limit), float(shift)
 
 
-def _gate_parts(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-    """``(value, slope, factor, factor's slope)`` of a gated activation ``value(gate) * factor(up)``."""
+def _gate(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``(value, factor)`` of a gated activation ``value(gate) * factor(up)``."""
     parameters = clamped_glu_parameters(activation)
     if parameters is None:
-        act, act_slope = ACTIVATIONS[activation]
-        return act(gate), act_slope(gate), up, 1.0
+        return ACTIVATIONS[activation][0](gate), up
     alpha, limit, shift = parameters
-    g = gate.clamp(max=limit)
-    sig = torch.sigmoid(alpha * g)
-    slope = sig * (1 + alpha * g * (1 - sig)) * (gate <= limit)
-    return g * sig, slope, up.clamp(-limit, limit) + shift, (up.abs() <= limit).to(up.dtype)
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate), up.clamp(-limit, limit) + shift
+
+
+def _gate_grad(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | float]:
+    """The derivatives of both."""
+    parameters = clamped_glu_parameters(activation)
+    if parameters is None:
+        return ACTIVATIONS[activation][1](gate), 1.0
+    alpha, limit, _ = parameters
+    inside = gate <= limit
+    gate = gate.clamp(max=limit)
+    sig = torch.sigmoid(alpha * gate)
+    return sig * (1 + alpha * gate * (1 - sig)) * inside, (up.abs() <= limit).to(up.dtype)
 
 
 def _silu_grad(x: Tensor) -> Tensor:
@@ -325,7 +334,9 @@ def act_grad(
         hr = _take(h, routing, rows, h_fan_out).to(gr.dtype)
         w = row_weights[slots, None].to(gr.dtype)
         if has_gate:
-            value, slope, factor, factor_slope = _gate_parts(*split_gate_up(hr, is_concatenated), activation)
+            gate, up = split_gate_up(hr, is_concatenated)
+            value, factor = _gate(gate, up, activation)
+            slope, factor_slope = _gate_grad(gate, up, activation)
             a = value * factor
             halves = (w * gr * factor * slope, w * gr * value * factor_slope)
             dhr = torch.cat(halves, -1) if is_concatenated else torch.stack(halves, -1).flatten(-2)

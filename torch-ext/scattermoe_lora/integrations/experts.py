@@ -33,14 +33,14 @@ ACTIVATIONS = {
 
 
 # Experts with a clamped gate of their own, gpt-oss's and those that follow it: the attributes of alpha (None: 1, a
-# clamped SwiGLU) and limit, the shift, and whether gate and up are halves.
+# clamped SwiGLU) and limit, and the shift.
 CLAMPED_GATES = {
-    "GptOssExperts": ("alpha", "limit", 1.0, False),
-    "OpenAIPrivacyFilterExperts": ("alpha", "limit", 1.0, True),
-    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", 1.0, True),
-    "DeepseekV4Experts": (None, "limit", 0.0, True),
-    "Glm5NextTextExperts": (None, "swiglu_limit", 0.0, True),
-    "HYV4Experts": (None, "swiglu_limit", 0.0, True),
+    "GptOssExperts": ("alpha", "limit", 1.0),
+    "OpenAIPrivacyFilterExperts": ("alpha", "limit", 1.0),
+    "MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", 1.0),
+    "DeepseekV4Experts": (None, "limit", 0.0),
+    "Glm5NextTextExperts": (None, "swiglu_limit", 0.0),
+    "HYV4Experts": (None, "swiglu_limit", 0.0),
 }
 
 
@@ -65,26 +65,22 @@ def up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def fused_activation(experts: Any) -> tuple[str | Callable[[Tensor], Tensor], bool]:
-    """The name of the fused activation, and whether it takes gate and up as halves.
-
-    Or the module's own function, where none has its formula.
-    """
+def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
+    """The name of the fused activation, or the module's own function where there is none of the same formula."""
     act_fn = getattr(experts, "act_fn", None)
     name = ACTIVATIONS.get(getattr(act_fn, "__name__", type(act_fn).__name__))
     if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
         name = "gelu_tanh"
     if not experts.has_gate:
-        return name or experts.act_fn, True
+        return name or experts.act_fn
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
-    if name and type(experts)._apply_gate.__name__ == "_default_apply_gate":
-        return name, True
+    if name and experts.is_concatenated and type(experts)._apply_gate.__name__ == "_default_apply_gate":
+        return name
     clamped = CLAMPED_GATES.get(type(experts).__name__)
     if clamped is not None and name in (None, "silu"):
-        alpha, limit, shift, is_concatenated = clamped
-        parameters = (1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit), shift)
-        return clamped_glu(*parameters), is_concatenated
-    return experts._apply_gate, True
+        alpha, limit, shift = clamped
+        return clamped_glu(1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit), shift)
+    return experts._apply_gate
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -110,7 +106,6 @@ def fused_experts(
     up = up_name(experts)
     up_weight, up_lora = _weight_and_lora(experts, up, loras)
     down_weight, down_lora = _weight_and_lora(experts, "down_proj", loras)
-    activation, is_concatenated = fused_activation(experts)
     return moe_mlp(
         hidden_states,
         up_weight,
@@ -122,9 +117,9 @@ def fused_experts(
         gate_up_proj_bias=getattr(experts, f"{up}_bias") if experts.has_bias else None,
         down_proj_bias=experts.down_proj_bias if experts.has_bias else None,
         is_transposed=experts.is_transposed,
-        is_concatenated=is_concatenated,
+        is_concatenated=experts.is_concatenated,
         has_gate=experts.has_gate,
-        activation=activation,
+        activation=fused_activation(experts),
         expert_norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
         expert_parallel=experts._is_expert_parallel,
     )

@@ -116,7 +116,7 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
         parent, attribute = modules[_parent(outer_name)], outer_name.rpartition(".")[2]
         if attribute not in (getattr(hook, "attribute", None) for hook in parent._forward_pre_hooks.values()):
             parent.register_forward_pre_hook(_FuseLater(attribute))
-    activation, _ = fused_activation(experts)
+    activation = fused_activation(experts)
     return Switched(
         name=outer_name,
         experts_class=type(experts).__name__,

@@ -191,6 +191,8 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
 
     first = tensors[0]
     assert first is not None
+    if not can_replay(first):
+        return body(triton_kernels, *tensors, *options)
     index = first.device.index
     pointers: list[int | None] = [None]
     key: list[Any] = [body, index, options]
@@ -206,11 +208,11 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
             key += (tensor.shape, tensor.stride(), tensor.dtype)
             if ON_HIP:  # as in `launch`
                 key.append(tensor.untyped_storage().size() < 2**31)
+    if aligned % 16:
+        return body(triton_kernels, *tensors, *options)
     given = [pointer for pointer in pointers if pointer]
     if len(set(given)) < len(given):  # tensors that share an address are not told apart: they always must share it
         key.append(tuple(map(given.index, given)))
-    if not can_replay(first) or aligned % 16:
-        return body(triton_kernels, *tensors, *options)
     if first.device.type == "cuda" and index != driver.active.get_current_device():
         with torch.cuda.device(first.device):
             return replay(body, tensors, options)
