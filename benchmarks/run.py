@@ -5,7 +5,10 @@
     python benchmarks/run.py [--cases NAME ...] [--systems NAME ...] [--out benchmarks/results]
 
 One experts layer, bfloat16, LoRA on both projections, base and routing as in training: the base is frozen, dX and the
-gradients of the routing weights and of the adapter are computed. A step is a forward and a backward. Needs a GPU.
+gradients of the routing weights and of the adapter are computed. A step is a forward and a backward. Times are medians
+of `triton.testing.do_bench`: calls follow one another, as a model's layers do, and L2 is flushed between them. *alone*
+is a step that finds the GPU idle and waits for its end, so with all that the host does before the first launch.
+Needs a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +32,7 @@ import torch.nn.functional as F
 from cases import MODELS, Model
 from timing import median_ms
 from torch import Tensor
+from triton.testing import do_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -81,6 +88,30 @@ class Layer:
         return lambda: kernel.moe_mlp(
             self.x, self.up, self.down, self.index, self.weights, gate_up_lora=up, down_lora=down
         )
+
+    def composed(self) -> Callable[[], Tensor]:
+        """The same by two `parallel_linear_lora`, as code written for ScatterMoE has it."""
+        from kernels import get_kernel
+
+        kernel = get_kernel("org/scattermoe-lora", version=1)
+        E = self.model.num_experts
+        A_up, A_down = (A.detach().flatten(0, 1).requires_grad_() for A in (self.A_up, self.A_down))
+        B_up, B_down = (B.detach().permute(1, 0, 2).flatten(1).requires_grad_() for B in (self.B_up, self.B_down))
+        self.leaves = [self.x, self.weights, A_up, B_up, A_down, B_down]
+
+        def forward() -> Tensor:
+            order = kernel.flatten_sort_count(self.index, E)
+            up = {"lora_A": A_up, "lora_B": B_up, "scaling": 2.0, "grouped_out": True}
+            gate, up = kernel.parallel_linear_lora(self.x, self.up.mT, self.model.top_k, *order, **up).chunk(2, dim=-1)
+            down = {"lora_A": A_down, "lora_B": B_down, "scaling": 2.0, "grouped_in": True, "gates": self.weights}
+            return kernel.parallel_linear_lora(F.silu(gate) * up, self.down.mT, 1, *order, **down)
+
+        return forward
+
+    def base_trains(self) -> Callable[[], Tensor]:
+        """Ours, with gradients of the base weights too."""
+        self.leaves += [self.up.requires_grad_(), self.down.requires_grad_()]
+        return self.ours()
 
     def peft(self) -> Callable[[], Tensor]:
         """transformers' experts with its fastest implementation, and PEFT's LoRA for expert parameters."""
@@ -147,7 +178,13 @@ class Layer:
         return forward
 
 
-SYSTEMS = {"ours": Layer.ours, "PEFT + grouped_mm": Layer.peft, "grouped_mm + LoRA": Layer.grouped_mm}
+SYSTEMS = {
+    "ours": Layer.ours,
+    "ours, composed": Layer.composed,
+    "ours, base trains": Layer.base_trains,
+    "PEFT + grouped_mm": Layer.peft,
+    "grouped_mm + LoRA": Layer.grouped_mm,
+}
 
 
 def weight_bytes(layer: Layer) -> float:
@@ -170,7 +207,8 @@ def measure(layer: Layer, forward: Callable[[], Tensor]) -> dict[str, float]:
 
     for _ in range(2):
         step()
-    row = {"step": median_ms(step, repeats=25), "forward": median_ms(forward, repeats=25)}
+    row = {name: do_bench(call, return_mode="median") for name, call in (("step", step), ("forward", forward))}
+    row["alone"] = median_ms(step, repeats=25)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(20):
@@ -196,14 +234,45 @@ def launches(step: Callable[[], Any]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
+def first_call() -> dict[str, float]:
+    """Seconds of a first forward and backward, every kernel compiled, in a process with an empty Triton cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, "--first-call"]
+        process = subprocess.run(
+            command, env=os.environ | {"TRITON_CACHE_DIR": cache}, check=True, capture_output=True, text=True
+        )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def time_first_call() -> None:
+    """Prints them, as JSON; torch's own first backward, which imports a second's worth of Python, comes before."""
+    leaf = torch.ones(1, device="cuda", requires_grad=True)
+    (leaf * 1).backward(torch.ones(1, device="cuda"))
+    layer = Layer(MODELS["Qwen3-30B-A3B"], 8192, 16, 0.0)
+    forward = layer.ours()
+    torch.cuda.synchronize()
+    times = [time.perf_counter()]
+    out = forward()
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    out.backward(layer.dout)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    print(json.dumps({"forward": times[1] - times[0], "backward": times[2] - times[1]}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
+    parser.add_argument("--first-call", action="store_true", help="time only that, in this process: see first_call")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("SKIPPED: this machine has no GPU. Nothing was measured.", file=sys.stderr)
+        return 0
+    if options.first_call:
+        time_first_call()
         return 0
     packages = ("torch", "triton", "transformers", "peft", "kernels")
     result: dict[str, Any] = {
@@ -212,9 +281,8 @@ def main() -> int:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "cases": {},
     }
-    print(
-        f"{'case':<10}{'system':<20}{'step':>9}{'forward':>9}{'host':>8}{'held':>8}{'peak':>8}{'TFLOP/s':>9}{'floor':>8}"
-    )
+    header = f"{'case':<10}{'system':<20}{'step':>9}{'forward':>9}{'alone':>9}"
+    print(f"{header}{'host':>8}{'held':>8}{'peak':>8}{'TFLOP/s':>9}{'floor':>8}")
     for name in options.cases:
         model_name, T, r, skew = CASES[name]
         entry: dict[str, Any] = {"model": model_name, "T": T, "r": r, "skew": skew, "systems": {}}
@@ -222,7 +290,7 @@ def main() -> int:
         for system in options.systems:
             layer = Layer(MODELS[model_name], T, r, skew)
             if "dense forward" not in entry:
-                entry["dense forward"] = median_ms(layer.dense(), repeats=25)
+                entry["dense forward"] = do_bench(layer.dense(), return_mode="median")
                 entry["floor"] = {"step": floor_ms(layer, 2), "forward": floor_ms(layer, 1)}
                 entry["step reads"] = 2 * weight_bytes(layer)
                 print(f"{name:<10}{'dense forward':<20}{'':>9}{entry['dense forward']:>9.3f}")
@@ -235,12 +303,14 @@ def main() -> int:
                 gc.collect()
                 torch.cuda.empty_cache()
             entry["systems"][system] = row
-            times = f"{row['step']:>9.3f}{row['forward']:>9.3f}{row['host']:>8.2f}"
+            times = f"{row['step']:>9.3f}{row['forward']:>9.3f}{row['alone']:>9.3f}{row['host']:>8.2f}"
             print(
                 f"{name:<10}{system:<20}{times}{row['held']:>8.0f}{row['peak']:>8.0f}{row['TFLOP/s']:>9.0f}"
                 f"{row['of the floor']:>8.0%}",
                 flush=True,
             )
+    result["first call"] = first_call()
+    print("first call, empty Triton cache, seconds: " + json.dumps(result["first call"]))
     layer = Layer(MODELS["Qwen3-30B-A3B"], 2048, 16, 0.0)
     forward = layer.ours()
     step = lambda: forward().backward(layer.dout)  # noqa: E731

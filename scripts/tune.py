@@ -44,6 +44,7 @@ CASES = {
 }
 GEMM = ("block_n", "block_k", "num_warps", "num_stages", "programs_per_processor")
 ACT = ("block_m", "block_n", "num_warps", "num_stages")
+WIDE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 OTHER = ("block_m", "block_k", "num_warps", "num_stages")
 
 
@@ -81,11 +82,17 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (m, k, w, s) for m in (32, 64, 128) if m <= rows for k, w, s in ((128, 4, 3), (64, 4, 4), (256, 4, 2))
         ]
         values = values or [(rows, 128, 4, 3), (rows, 256, 4, 3), (rows, 128, 2, 4)]
+    elif kind == "wide":
+        values = [
+            *((128, 256, m, 8, s) for m, s in ((64, 3), (32, 4), (64, 2), (32, 3))),
+            *((256, 128, m, 8, s) for m, s in ((64, 3), (32, 4))),
+            *((128, 128, m, w, s) for m, w, s in ((64, 4, 3), (64, 8, 4), (32, 8, 4), (32, 4, 4), (128, 8, 2))),
+        ]
     else:
         values = [
             (p, m, w, s) for p in (64, 128, 256) for m, w, s in ((64, 4, 3), (64, 8, 3), (128, 4, 2), (32, 4, 4))
         ]
-    names = {"gemm": GEMM, "act": ACT}.get(kind, OTHER)
+    names = {"gemm": GEMM, "act": ACT, "wide": WIDE}.get(kind, OTHER)
     return [dict(zip(names, value, strict=True)) for value in values]
 
 
@@ -158,6 +165,18 @@ class Layer:
                     self.a, z, routing, torch.empty_like(self.A_down).mT, left_fan_out=0, row_weights=self.weights
                 ),
             ],
+            "gram wide": [
+                lambda: run.gram(self.x, self.h, routing, torch.empty_like(self.up).mT, left_fan_out=k),
+                lambda: run.gram(
+                    self.a,
+                    self.x,
+                    routing,
+                    torch.empty_like(self.down).mT,
+                    left_fan_out=0,
+                    right_fan_out=k,
+                    row_weights=self.weights,
+                ),
+            ],
         }[kind]
 
 
@@ -173,6 +192,7 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
         yield f"act {r}", "act", r
         yield f"shrink {r}", "shrink", r
     yield "gram narrow", "gram", 128
+    yield "gram wide", "wide", 128
 
 
 def load() -> Any:

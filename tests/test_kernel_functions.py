@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import inner
 from numerics import BOUNDS, assert_close, random_routing
 from torch import Tensor
 
@@ -244,6 +245,41 @@ def test_int32_indices(kernel, device):
     assert torch.equal(kernel.kernels.group(x, order.int(), fan_out=k), grouped)
     DW, _ = kernel.kernels.group_bwd_W(wide, grouped, offsets, E)
     assert torch.equal(kernel.kernels.group_bwd_W(wide, grouped, offsets.int(), E)[0], DW)
+
+
+@every_device
+@pytest.mark.parametrize("few", [True, False], ids=["few rows", "many rows"])
+def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeypatch, few):
+    """Hot experts beside idle ones: their rows are cut into chunks, and every row is counted once."""
+    on_gpu = device.type == "cuda"
+    if few and request.config.getoption("--device") != "cpu":
+        monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "CHUNK", 16)
+    elif not few and not on_gpu:
+        pytest.skip("thousands of rows, for a GPU")
+    # 64 rows a chunk for few, 2048 for many: one less than a chunk or two, just that, and one more.
+    if few:
+        counts = [0, 63, 64, 65, 0, 1, 129, *[0] * 23, 31, 2]
+    else:
+        counts = [0, 4095, 4096, 4097, 0, 1, 8195, *[0] * 56, 700]
+    num_experts, rows, rank = len(counts), sum(counts), 5
+    generator = torch.Generator().manual_seed(3)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    X, DY = (torch.randn(rows, n, generator=generator).to(dtype) for n in (K, N))
+    A, B = (
+        torch.randn(num_experts * rank, K, generator=generator),
+        torch.randn(N, num_experts * rank, generator=generator),
+    )
+    offsets = torch.tensor(counts).cumsum(0)
+    arguments = [t.to(device) for t in (DY, X, A, B, offsets)]
+    dA, dB = kernel.kernels.group_bwd_lora(*arguments, num_experts, 0.5)
+    again = kernel.kernels.group_bwd_lora(*arguments, num_experts, 0.5)
+    assert torch.equal(dA, again[0]) and torch.equal(dB, again[1])
+    want_A, want_B = [], []
+    for e, (x, dy) in enumerate(zip(X.double().split(counts), DY.double().split(counts), strict=True)):
+        A_e, B_e = A.to(dtype)[e * rank : (e + 1) * rank].double(), B.to(dtype)[:, e * rank : (e + 1) * rank].double()
+        want_A.append(0.5 * (dy @ B_e).T @ x)
+        want_B.append(0.5 * dy.T @ (x @ A_e.T))
+    assert_close({"dA": (dA, torch.cat(want_A)), "dB": (dB, torch.cat(want_B, dim=1))}, BOUNDS[dtype])
 
 
 # The public API

@@ -70,24 +70,14 @@ def replay(kernel, monkeypatch):
             options = {name: self.options[name] for name in ("num_warps", "num_stages")}
             start(self.function_, (x, y, z))(*operands, *rest, **options)
 
-    def launched(self, grid):
-        def run(*arguments, **options):
-            start(self, grid)(*arguments, **options)
-            return Binary(self, arguments, options)
-
-        return run
-
-    class Forgetful(dict):
-        """Binaries here know their operands' shapes, which Triton's do not: one for every launch."""
-
-        def get(self, key, default=None):
-            return default
+    def warmup(self, *arguments, grid, **options):
+        return Binary(self, arguments, options)
 
     active = types.SimpleNamespace(get_current_stream=lambda index: 0, get_current_device=lambda: None)
     for module in (launch, replay):
         monkeypatch.setattr(module, "driver", types.SimpleNamespace(active=active))
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", launched)
-    monkeypatch.setattr(launch, "_compiled", Forgetful())
+    monkeypatch.setattr(InterpretedFunction, "warmup", warmup)
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(replay, "_programs", {})
     monkeypatch.setattr(replay, "can_replay", lambda tensor: True)
     monkeypatch.setattr(inner(kernel, "ops"), "COMBINE_BYTES", 2**16)

@@ -27,14 +27,15 @@ def of(tensor: Tensor) -> ModuleType:
 
 
 def routing(scattered_idxs: Tensor, expert_offsets: Tensor) -> Routing:
-    """A routing with its schedule, from indices of any strides and integer dtype.
-
-    The kernels read them densely, and multiply them into addresses that pass 2**31.
-    """
-    scattered_idxs = scattered_idxs.to(torch.int64).contiguous()
-    expert_offsets = expert_offsets.to(torch.int64).contiguous()
+    """A routing with its schedule, from indices of any strides and integer dtype."""
+    scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
     schedule = of(scattered_idxs).schedule(expert_offsets, scattered_idxs.shape[0])
     return Routing(scattered_idxs, expert_offsets, schedule)
+
+
+def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:
+    """Indices as the kernels read them, densely, and multiply them into addresses that pass 2**31."""
+    return tuple(index.to(torch.int64).contiguous() for index in indices)
 
 
 def fake_schedule(like: Tensor, num_slots: int, num_experts: int) -> Tensor:

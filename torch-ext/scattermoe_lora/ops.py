@@ -39,12 +39,6 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _grad_of(tensor: Optional[Tensor]) -> Tensor:
-    """A tensor to write a gradient to; it has the strides of a dense argument, so PEFT's views stay views."""
-    assert tensor is not None, "a gradient was asked for an argument that was not given"
-    return torch.empty_like(tensor)
-
-
 def _route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
     """See `reference.route`."""
     return list(backend.of(expert_ids).route(expert_ids.contiguous(), num_experts))
@@ -145,8 +139,9 @@ def _forward_body(
     return [out, h, xa, aa, scattered_idxs, expert_offsets, tiles] if save else [out]
 
 
-# Bytes of grouped rows that wait to be combined: 64 MiB more or less of them are not felt, 256 at 8192 tokens of
-# Qwen3-30B-A3B were the peak of a step.
+# Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
+# Qwen3-30B-A3B, where they are the peak of a step, that takes 128 MiB off it for 1 % of its time. No more than two:
+# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one.
 COMBINE_BYTES = 128 * 2**20
 # The least columns of a piece: fewer and the GEMM's tile is not full.
 COMBINE_COLUMNS = 256
@@ -165,10 +160,11 @@ def _gemm_combine(
     weights: Optional[Tensor],
     expert_ids: Tensor,
 ) -> None:
-    """``out [T, N] = combine(grouped_gemm(x, weight))`` of grouped rows, in pieces of columns to bound the memory."""
+    """``out [T, N] = combine(grouped_gemm(x, weight))`` of grouped rows, in one piece of columns or two."""
     num_slots, N = routing.num_slots, weight.shape[2]
-    pieces = max(1, min(num_slots * N * weight.element_size() // COMBINE_BYTES, N // COMBINE_COLUMNS))
-    columns = -(-N // (pieces * COMBINE_COLUMNS)) * COMBINE_COLUMNS if pieces > 1 else max(1, N)
+    columns = max(1, N)
+    if num_slots * N * weight.element_size() > COMBINE_BYTES and N >= 2 * COMBINE_COLUMNS:
+        columns = -(-N // (2 * COMBINE_COLUMNS)) * COMBINE_COLUMNS
     for start in range(0, N, columns):
         piece = slice(start, start + columns)
         y = run.grouped_gemm(
@@ -483,29 +479,59 @@ def _parallel_linear_forward(
     grouped_out: bool,
 ) -> List[Tensor]:
     """``[out, xa]``; ``xa`` is what the backward needs, empty without LoRA."""
-    run = backend.of(inputs)
     dtype = expert_weights.dtype
-    x = inputs.to(dtype)
-    x_fan_out = 0 if grouped_in else k
-    routing = backend.routing(scattered_idxs, expert_offsets)
-    A, B = _lora(A, B, dtype)
-    xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
-    out = run.grouped_gemm(
-        x,
+    tensors = (
+        inputs.to(dtype),
         expert_weights,
+        expert_biases,
+        *_lora(A, B, dtype),
+        None if gates is None else _flat(gates),
+        *backend.dense_indices(scattered_idxs, expert_offsets),
+    )
+    choices = None if gates is None else gates.shape[1]
+    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out)
+    out, xa = backend.of(inputs).replay(_linear_forward_body, tensors, options)
+    return [out, _empty(expert_weights) if xa is None else xa]
+
+
+def _linear_forward_body(
+    run: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    A: Optional[Tensor],
+    B: Optional[Tensor],
+    gates: Optional[Tensor],
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    out_dtype: torch.dtype,
+    choices: Optional[int],
+    k: int,
+    scaling: float,
+    grouped_in: bool,
+    grouped_out: bool,
+) -> List[Optional[Tensor]]:
+    x_fan_out = 0 if grouped_in else k
+    num_slots = scattered_idxs.shape[0]
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, num_slots))
+    xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
+    y = run.grouped_gemm(
+        x,
+        weight,
         routing,
         x_fan_out=x_fan_out,
         out_scattered=not grouped_out,
         z=xa,
         expand=None if B is None else B.mT,
-        bias=expert_biases,
-        out_dtype=inputs.dtype if gates is None else dtype,
+        bias=bias,
+        out_dtype=out_dtype if choices is None else weight.dtype,
         zero_tail=True,
     )
-    if gates is not None:
-        y, out = out, inputs.new_empty(gates.shape[0], out.shape[1])
-        run.combine(y, _flat(gates), out, fan_out=gates.shape[1])
-    return [out, _empty(x) if xa is None else xa]
+    if choices is None:
+        return [y, xa]
+    out = run.empty(num_slots // choices, y.shape[1], dtype=out_dtype, device=x.device)
+    run.combine(y, gates, out, fan_out=choices)
+    return [out, xa]
 
 
 torch.library.define(
@@ -543,74 +569,108 @@ def _parallel_linear_backward(
     needs: List[bool],
 ) -> List[Tensor]:
     """Gradients of the first six tensor arguments of `parallel_linear_forward`, where ``needs`` says so."""
-    run = backend.of(dout)
     dtype = expert_weights.dtype
-    x, dout = inputs.to(dtype), dout.to(dtype)
+    tensors = (
+        dout.to(dtype),
+        inputs.to(dtype),
+        expert_weights,
+        expert_biases,
+        A,
+        B,
+        *_lora(A, B, dtype),
+        None if gates is None else _flat(gates),
+        xa,
+        *backend.dense_indices(scattered_idxs, expert_offsets),
+        expert_biases.to(dtype) if expert_biases is not None and needs[5] else None,
+    )
+    choices = None if gates is None else gates.shape[1]
+    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out, tuple(needs))
+    *grads, bias_dot = backend.of(dout).replay(_linear_backward_body, tensors, options)
+    if grads[0] is not None:
+        grads[0] = grads[0].to(inputs.dtype)
+    if grads[5] is not None and gates is not None:
+        dot = grads[5] if bias_dot is None else grads[5] + bias_dot[:, 0]
+        grads[5] = dot.to(gates.dtype).view(gates.shape)
+    return [_empty(inputs) if grad is None else grad for grad in grads]
+
+
+def _linear_backward_body(
+    run: ModuleType,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    A: Optional[Tensor],
+    B: Optional[Tensor],
+    A_in: Optional[Tensor],
+    B_in: Optional[Tensor],
+    gates: Optional[Tensor],
+    xa: Tensor,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    bias_of_dot: Optional[Tensor],
+    dx_dtype: torch.dtype,
+    choices: Optional[int],
+    k: int,
+    scaling: float,
+    grouped_in: bool,
+    grouped_out: bool,
+    needs: tuple[bool, ...],
+) -> List[Optional[Tensor]]:
+    """The six gradients, where needed, and what a bias adds to that of the gates. Factors twice, as above."""
     x_fan_out = 0 if grouped_in else k
-    if gates is not None:
-        dout_fan_out, row_weights = gates.shape[1], _flat(gates)
-    else:
-        dout_fan_out, row_weights = 0 if grouped_out else 1, None
-    routing = backend.routing(scattered_idxs, expert_offsets)
-    A_in, B_in = _lora(A, B, dtype)
+    dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
+    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
-    grads = [_empty(inputs) for _ in needs]
+    grads: List[Any] = [None] * 7
 
     u = None
     if B_in is not None and (need_x or need_A or need_gates):
         u = run.shrink(dout, B_in, routing, x_fan_out=dout_fan_out, scale=scaling)
     if need_x or need_gates:
-        if row_weights is None:
-            dx = run.grouped_gemm(
-                dout,
-                expert_weights.mT,
-                routing,
-                x_fan_out=dout_fan_out,
-                out_scattered=not grouped_in,
-                z=u,
-                expand=A_in,
-                zero_tail=True,
-            )
-        else:
-            dot_dtype = torch.promote_types(row_weights.dtype, torch.float32) if need_gates else None
-            g = run.grouped_gemm(dout, expert_weights.mT, routing, x_fan_out=dout_fan_out, z=u, expand=A_in)
-            dx, dot = run.act_grad(
-                g,
+        dx = run.grouped_gemm(
+            dout,
+            weight.mT,
+            routing,
+            x_fan_out=dout_fan_out,
+            out_scattered=gates is None and not grouped_in,
+            z=u,
+            expand=A_in,
+            zero_tail=gates is None,
+        )
+        if gates is not None:
+            dx, grads[5] = run.act_grad(
+                dx,
                 x,
                 routing,
                 h_fan_out=x_fan_out,
-                row_weights=row_weights,
+                row_weights=gates,
                 activation="identity",
                 has_gate=False,
                 is_concatenated=True,
-                dot_dtype=dot_dtype,
+                dot_dtype=torch.promote_types(gates.dtype, torch.float32) if need_gates else None,
                 out_scattered=not grouped_in,
                 zero_tail=True,
             )
-            if gates is not None and need_gates:
-                if expert_biases is not None:
-                    bias = expert_biases.to(dout.dtype)
-                    dot = dot + _bias_dot(run, dout, bias, routing, dout_fan_out)[:, 0]
-                grads[5] = dot.to(gates.dtype).view(gates.shape)
+        if bias_of_dot is not None:
+            grads[6] = _bias_dot(run, dout, bias_of_dot, routing, dout_fan_out)
         if need_x:
+            grads[0] = dx
             if x_fan_out > 1:
-                grads[0] = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+                grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
                 run.combine(dx, None, grads[0], fan_out=k)
-            else:
-                grads[0] = dx.to(inputs.dtype)
     if need_w:
-        grads[1] = torch.empty_like(expert_weights)
-        fan_outs = {"left_fan_out": x_fan_out, "right_fan_out": dout_fan_out}
-        run.gram(x, dout, routing, grads[1], row_weights=row_weights, **fan_outs)
+        grads[1] = run.empty_like(weight)
+        run.gram(x, dout, routing, grads[1], left_fan_out=x_fan_out, right_fan_out=dout_fan_out, row_weights=gates)
     if need_bias:
-        grads[2] = _grad_of(expert_biases)
-        run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=row_weights)
+        grads[2] = run.empty_like(bias)
+        run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
-        grads[3] = _grad_of(A)
-        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=row_weights)
+        grads[3] = run.empty_like(A)
+        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
     if need_B:
-        grads[4] = _grad_of(B)
-        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=row_weights)
+        grads[4] = run.empty_like(B)
+        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     return grads
 
 

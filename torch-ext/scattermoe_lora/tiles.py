@@ -129,11 +129,13 @@ def shrink_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
 @functools.cache
 def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The gram's tile: ``block_m`` by ``block_n`` of one expert's output, ``block_k`` rows a step."""
+    rdna = gpu.architecture.startswith("gfx11")
     rule = Tile(
         block_m=min(128, max(16, next_power_of_2(left))),
         block_n=min(128, max(16, next_power_of_2(right))),
-        block_k=32 if dtype.itemsize > 2 or gpu.architecture.startswith("gfx11") else 64,
-        num_warps=4 if right <= 64 else 8,
+        block_k=32 if dtype.itemsize > 2 or rdna else 64,
+        # RDNA's 4 warps of a 64-column tile spilled 76 bytes a thread.
+        num_warps=4 if right <= (32 if rdna else 64) else 8,
         num_stages=min(3, _pipeline(dtype, gpu)[1]),
     )
     return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)

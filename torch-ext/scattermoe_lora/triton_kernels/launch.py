@@ -6,12 +6,16 @@ A forward of 16 tokens, 9 launches, took an H200's host 1.42 ms through Triton's
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -23,7 +27,12 @@ ON_HIP = torch.version.hip is not None
 
 
 class Recorder(Protocol):
-    """What is told of everything that happens here while it is `recording.recorder` of the thread."""
+    """What is told of everything that happens here while it is `recording.recorder` of the thread.
+
+    ``missing`` are the kernels to compile by their key in `_compiled`: after the first of them nothing is launched.
+    """
+
+    missing: dict[tuple, Callable[[], Any]]
 
     def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
 
@@ -89,19 +98,46 @@ def launch(
             return launch(kernel, grid, operands, scalars, num_warps, num_stages, **constants)
     key.append(index)
     known = tuple(key)
-    compiled = _compiled.get(known)
+    recorder = recording.recorder
+    if known not in _compiled:
+        names = kernel.arg_names[len(operands) + len(scalars) :]
+        assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
+        options = {"num_warps": num_warps, "num_stages": num_stages, **constants}
+        if recorder is not None:
+            recorder.missing[known] = functools.partial(kernel.warmup, *operands, *scalars, grid=grid, **options)
+        else:
+            _compiled[known] = kernel[grid](*operands, *scalars, **options)
+            return None
+    if recorder is not None and recorder.missing:
+        return None
+    compiled = _compiled[known]
     if compiled is not None:
         stream = driver.active.get_current_stream(index)
         run_compiled(compiled, grid, stream, (*arguments, *scalars, *constants.values()))
-    else:
-        names = kernel.arg_names[len(operands) + len(scalars) :]
-        assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
-        compiled = kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
-        if compiled is not None:  # as it is from Triton's interpreter, which compiles nothing
-            _compiled[known] = compiled
-    if recording.recorder is not None:
-        recording.recorder.launched(compiled, grid, operands, (*scalars, *constants.values()))
+    else:  # Triton's interpreter compiles nothing
+        kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
+    if recorder is not None:
+        recorder.launched(compiled, grid, operands, (*scalars, *constants.values()))
     return None
+
+
+def compile_missing(missing: dict[tuple, Callable[[], Any]], device: torch.device) -> None:
+    """Compiles the kernels of a recording, side by side: most of it is ptxas, and gcc for Triton 3.6's launchers.
+
+    One after another the 19 of a step took an H200's host 10 s.
+    """
+
+    def load(compiled: Any) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            compiled.run  # noqa: B018  Triton makes the launcher and loads the binary when this is first asked for
+
+    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+        with triton.AsyncCompileMode(pool):
+            for warmup in missing.values():
+                warmup()
+        compiled = {key: warmup() for key, warmup in missing.items()}  # they are in Triton's own cache now
+        list(pool.map(load, (kernel for kernel in compiled.values() if kernel is not None)))
+    _compiled.update(compiled)
 
 
 def run_compiled(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import ON_HIP, Operand, recording, run_compiled
+from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
@@ -68,6 +68,7 @@ class _Program:
         self.allocations: dict[int, tuple] = {}  # entry: shape, strides and dtype; only while recording
         self.size = self.num_fixed = 1 + len(inputs)
         self.complete = True
+        self.missing: dict[tuple, Callable[[], Any]] = {}  # see `launch.Recorder`
         for entry, tensor in enumerate(inputs, 1):
             if tensor is not None and tensor.numel():
                 self.entries[tensor.data_ptr()] = entry
@@ -181,6 +182,16 @@ def can_replay(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def _record(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> tuple[_Program, list[Tensor | None]]:
+    from .. import triton_kernels
+
+    recorder = recording.recorder = _Program(tensors)
+    try:
+        return recorder, body(triton_kernels, *tensors, *options)
+    finally:
+        recording.recorder = None
+
+
 def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, recorded once for each shape of the tensors and value of the options.
 
@@ -220,11 +231,10 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
-    recorder = recording.recorder = _Program(tensors)
-    try:
-        outputs = body(triton_kernels, *tensors, *options)
-    finally:
-        recording.recorder = None
+    recorder, outputs = _record(body, tensors, options)
+    if recorder.missing:
+        compile_missing(recorder.missing, first.device)
+        recorder, outputs = _record(body, tensors, options)
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
             _programs.clear()
