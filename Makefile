@@ -1,6 +1,6 @@
 # make venv       a virtual environment in .venv with everything pinned in requirements-dev.txt
 # make build      the Hub variants, in build/
-# make check      compare build/ with its digests and with this tree
+# make check      compare build/ with its digests and with this tree, and the version with the changelog, card and tag
 # make lint       ruff and mypy
 # make test       everything that needs no GPU: lint, build, tests
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
@@ -44,6 +44,7 @@ build: $(READY)
 
 check: $(READY)
 	$(PYTHON_RUN) scripts/build.py --check
+	$(PYTHON_RUN) scripts/version.py
 
 lint: $(READY)
 	$(PYTHON_RUN) -m ruff check .
@@ -52,6 +53,7 @@ lint: $(READY)
 
 test: lint build
 	$(PYTHON_RUN) scripts/build.py --check
+	$(PYTHON_RUN) scripts/version.py
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests -n 2
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests --device interpreter -n 2
 

@@ -81,7 +81,7 @@ class Kernel:
     def files(self) -> list[Path]:
         """The package's files that go into a variant, relative to the package, sorted."""
         extensions = tuple(f".{extension}" for extension in self.noarch.get("pyext", ["py", "pyi"]))
-        files = (file for file in _files(self.package) if file.name.endswith(extensions))
+        files = (file for file in list_files(self.package) if file.name.endswith(extensions))
         return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
@@ -139,8 +139,11 @@ def shared_files(kernel: Kernel) -> dict[str, bytes]:
     return shared
 
 
-def render_card(kernel: Kernel) -> str:
-    """Fill the template `CARD.md` with the variables that kernel-builder gives it."""
+def render_card(kernel: Kernel, repo_id: str | None = None) -> str:
+    """Fill the template `CARD.md`, for the repository `repo_id` (default: that of `build.toml`).
+
+    Its variables are those that kernel-builder gives, and `version`.
+    """
     _, names = _public_names(_parse(kernel, kernel.package / "__init__.py"))
     public, layers = names or [], None
     if "layers" in public:
@@ -151,7 +154,8 @@ def render_card(kernel: Kernel) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     try:
         return environment.from_string(template).render(
-            repo_id=kernel.general["hub"]["repo-id"],
+            repo_id=repo_id or kernel.general["hub"]["repo-id"],
+            version=kernel.general["version"],
             functions=[name for name in public if name != "layers"] or None,
             layers=layers,
             has_benchmark=Path("benchmark.py") in _benchmarks(kernel),
@@ -168,16 +172,16 @@ def source_id(kernel: Kernel) -> tuple[str, dict[str, Any] | None]:
     In a git checkout the id is the start of the tree of HEAD, with `_dirty` where what is built is not what HEAD
     holds. Elsewhere (a tarball, even one unpacked inside another checkout) it is a hash of the package.
     """
-    tree = _git(kernel, "rev-parse", "HEAD^{tree}")
-    commit = _git(kernel, "rev-parse", "HEAD")
-    tracked = (_git(kernel, "ls-files", "-z") or "").split("\0")
+    tree = git_output(kernel, "rev-parse", "HEAD^{tree}")
+    commit = git_output(kernel, "rev-parse", "HEAD")
+    tracked = (git_output(kernel, "ls-files", "-z") or "").split("\0")
     if tree is None or commit is None or "build.toml" not in tracked:
         content = hashlib.sha256((kernel.root / "build.toml").read_bytes())
         for file in kernel.files():
             data = (kernel.package / file).read_bytes()
             content.update(f"{file.as_posix()} {len(data)}\n".encode() + data)
         return content.hexdigest()[:7], None
-    changed = _git(kernel, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+    changed = git_output(kernel, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
     untracked = [file for file in kernel.files() if f"torch-ext/{kernel.module}/{file.as_posix()}" not in tracked]
     dirty = bool(changed or untracked)
     return tree.strip()[:7] + ("_dirty" if dirty else ""), {"commit": commit.strip(), "dirty": dirty}
@@ -244,17 +248,17 @@ def _write(path: Path, data: bytes) -> None:
     path.chmod(0o644)
 
 
-def _files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """The files of `folder`, relative to it and sorted, without Python's bytecode."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in found if path.suffix != ".pyc" and "__pycache__" not in path.parts)
 
 
 def _benchmarks(kernel: Kernel) -> list[Path]:
-    return _files(kernel.root / "benchmarks")
+    return list_files(kernel.root / "benchmarks")
 
 
-def _git(kernel: Kernel, *arguments: str) -> str | None:
+def git_output(kernel: Kernel, *arguments: str) -> str | None:
     """The output of a git command on the kernel's checkout, or None where there is no git or no checkout."""
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set in a hook of some other repository
     environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
@@ -285,7 +289,7 @@ def check(out: Path, root: Path = ROOT) -> list[str]:
     origins = set()
     for backend in kernel.backends:
         variant = out / f"torch-{backend}"
-        variant_problems, origin = _check_variant(kernel, variant, backend)
+        variant_problems, origin = check_variant(kernel, variant, backend)
         problems += variant_problems
         origins |= {origin} if origin else set()
     if len(origins) > 1:
@@ -295,13 +299,13 @@ def check(out: Path, root: Path = ROOT) -> list[str]:
             problems.append(f"{out / name}: missing")
         elif (out / name).read_bytes() != data:
             problems.append(f"{out / name}: differs from what this tree gives; run `make build`")
-    for file in _files(out / "benchmarks"):
+    for file in list_files(out / "benchmarks"):
         if f"benchmarks/{file.as_posix()}" not in shared:
             problems.append(f"{out / 'benchmarks' / file}: not part of the build")
     return problems
 
 
-def _check_variant(kernel: Kernel, variant: Path, backend: str) -> tuple[list[str], str | None]:
+def check_variant(kernel: Kernel, variant: Path, backend: str) -> tuple[list[str], str | None]:
     """Return a variant's problems, and the source it says it comes from."""
     if not variant.is_dir():
         return [f"{variant}: missing variant; run `make build`"], None
