@@ -5,6 +5,7 @@
 # make test       everything that needs no GPU: lint, build, tests
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
 # make finetune   the fine-tuning example, on the kernel just built
+# make publish    build/ to the Hub; PUBLISH_ARGS=--dry-run only tells what it would do (docs/releasing.md)
 # make clean      remove what these made
 #
 # To use an existing Python with everything installed, and no .venv:  make test PYTHON_RUN=python3
@@ -16,6 +17,8 @@ PYTHON_RUN ?= $(VENV_PYTHON)
 
 # The arguments of the fine-tuning example.
 FINETUNE_ARGS ?=
+# The arguments of the publishing script.
+PUBLISH_ARGS ?=
 
 STAMP := $(VENV)/installed
 ifeq ($(PYTHON_RUN),$(VENV_PYTHON))
@@ -25,7 +28,7 @@ endif
 # `kernels` takes the folder that holds build/, not build/ itself.
 LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
 
-.PHONY: venv build check lint test test-gpu finetune clean
+.PHONY: venv build check lint test test-gpu finetune publish clean
 
 venv: $(STAMP)
 
@@ -73,6 +76,9 @@ test-gpu: $(READY)
 
 finetune: build
 	$(LOCAL) $(PYTHON_RUN) scripts/finetune.py $(FINETUNE_ARGS)
+
+publish: $(READY)
+	$(PYTHON_RUN) scripts/publish.py $(PUBLISH_ARGS)
 
 clean:
 	rm -rf build .build-* $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
