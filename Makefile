@@ -1,7 +1,7 @@
 # make venv       a virtual environment in .venv with everything pinned in requirements-dev.txt
 # make build      the Hub variants, in build/
 # make check      compare build/ with its digests and with this tree, and the version with the changelog, card and tag
-# make lint       ruff and mypy
+# make lint       ruff, mypy, and zizmor for the workflows
 # make test       everything that needs no GPU: lint, build, tests
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
 # make finetune   the fine-tuning example, on the kernel just built
@@ -53,6 +53,7 @@ lint: $(READY)
 	$(PYTHON_RUN) -m ruff check .
 	$(PYTHON_RUN) -m ruff format --check .
 	$(PYTHON_RUN) -m mypy torch-ext scripts
+	"$$($(PYTHON_RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/zizmor --offline --quiet .github
 
 test: lint build
 	$(PYTHON_RUN) scripts/build.py --check
