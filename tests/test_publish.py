@@ -471,6 +471,15 @@ def test_what_does_not_arrive_as_it_was_is_no_version(source, hub):
     assert versions(hub) == {}
 
 
+def test_a_replacement_that_does_not_arrive_as_it_was_is_told(source, hub):
+    publish(source, hub)
+    write(source, "tables/factor.json", "3\n")
+    commit_and_build(source)
+    hub.corrupted.add("build/torch-cuda/tables/factor.json")
+    with pytest.raises(BuildError, match="build/torch-cuda/tables/factor.json differs; run this again"):
+        publish(source, hub)
+
+
 def test_two_who_publish_at_once(source, hub):
     publish(source, hub)
     repository = hub.repositories[REPO]
