@@ -1,7 +1,8 @@
 """ScatterMoE with LoRA fused into the grouped products: fast, lean fine-tuning of mixture-of-experts models."""
 
 from . import kernels, layers, reference
-from .integrations.kernelize import Report, kernelize, register
+from .integrations.kernelize import Report, kernelize, register, unkernelize
+from .layers.mapping import kernel_mapping
 from .moe_mlp import moe_mlp
 from .parallel_experts import ParallelExperts
 from .parallel_linear import flatten_sort_count, parallel_linear, parallel_linear_lora
@@ -12,6 +13,7 @@ __all__ = [
     "ParallelExperts",
     "Report",
     "flatten_sort_count",
+    "kernel_mapping",
     "kernelize",
     "kernels",
     "layers",
@@ -20,4 +22,5 @@ __all__ = [
     "parallel_linear_lora",
     "reference",
     "register",
+    "unkernelize",
 ]

@@ -11,6 +11,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
+def probability(function: str, name: str, value: object) -> float:
+    """Checks a probability of dropping an element: a number in ``[0, 1)``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} must be a float, got {type(value).__name__}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{function}: {name} must be in [0, 1), got {value}")
+    return float(value)
+
+
 class Arguments:
     """Checks the tensors of one call against each other: symbols such as ``H`` mean the same size in all of them."""
 

@@ -1,17 +1,27 @@
-"""`kernelize(model)`: switches every experts module of a transformers model to the fused path, and says which."""
+"""`kernelize(model)`: switches every experts module of a transformers model to the fused path, and says which.
+
+`unkernelize(model)` undoes it.
+"""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..checks import probability
 from .experts import experts_forward, fused_activation, is_experts, unsupported
 from .peft import is_param_wrapper, param_wrapper_forward, unwrap
+from .versions import warn_of_untested
 
 IMPLEMENTATION = "scattermoe_lora"
+
+# The names that `kernel_mapping` gives to experts classes and to PEFT's wrapper of parameters.
+EXPERTS_NAME = "ScatterMoEExperts"
+WRAPPER_NAME = "ScatterMoEParamWrapper"
 
 
 @dataclass(frozen=True)
@@ -22,12 +32,17 @@ class Switched:
         name: its path in the model; experts_class: its class.
         lora: the parameters that PEFT wraps, empty without adapters.
         activation: the fused activation, or ``own`` for the module's function between two fused products.
+        replaced: the experts implementation that gave way, as `unkernelize` brings it back: transformers' default is
+            ``grouped_mm``, ``eager`` is the module's own forward.
+        lora_dropout: the dropout of the input of its LoRA in train mode.
     """
 
     name: str
     experts_class: str
     lora: tuple[str, ...]
     activation: str
+    replaced: str
+    lora_dropout: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,12 @@ class Report:
         lines = [f"scattermoe-lora: {len(self.switched)} experts modules switched, {with_lora} of them with LoRA"]
         for entry in self.switched:
             lora = f"LoRA on {', '.join(entry.lora)}" if entry.lora else "no LoRA"
-            lines.append(f"  {entry.name} ({entry.experts_class}): {lora}; activation {entry.activation}")
+            if entry.lora_dropout:
+                lora += f" (dropout {entry.lora_dropout:g})"
+            lines.append(
+                f"  {entry.name} ({entry.experts_class}): {lora}; activation {entry.activation}; "
+                f"in place of {entry.replaced}"
+            )
         lines += [f"  left as it was: {name}: {reason}" for name, reason in self.left]
         return "\n".join(lines)
 
@@ -60,57 +80,136 @@ def register(name: str = IMPLEMENTATION) -> str:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise ImportError("scattermoe-lora: register needs transformers with experts implementations (5.0)") from error
+    warn_of_untested()
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     return name
 
 
-def kernelize(model: nn.Module) -> Report:
+def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
     """Switches every experts module of a model to the fused path: forward and backward, LoRA included.
 
     Call it on a transformers model, before or after PEFT wraps it. Experts run through transformers' own dispatch
     (``config._experts_implementation``); PEFT's wrappers around them get a forward that merges nothing. Parameters,
     state dict and adapters stay as they are.
 
+    The experts implementation that was chosen gives way (`Switched.replaced`). A forward that something else put on
+    the experts, on their wrapper or on their block (a kernel of transformers' own mapping, Liger's) stays, and the
+    report says which.
+
     Args:
         model: a transformers model, a PEFT model, or any module that holds experts of transformers.
+        lora_dropout: probability of dropping an element of what the experts' LoRA reads, in ``[0, 1)``, in train mode
+            only: ``y = W x + scaling * B A dropout(x)``, see `moe_mlp`. PEFT itself takes only 0 for experts. A second
+            call sets it anew.
 
     Returns:
         A `Report`; ``print`` it to see which modules were taken, which not and why.
 
     Raises:
+        TypeError, ValueError: ``lora_dropout`` is no probability below 1.
         ValueError: no experts module could be switched.
     """
+    lora_dropout = probability("kernelize", "lora_dropout", lora_dropout)
     modules: dict[str, Any] = dict(model.named_modules())
-    switched: list[Switched] = []
+    uses_kernels = any(getattr(module, "use_kernels", False) is True for module in modules.values())
+    taken: list[tuple[str, str]] = []
     left: list[tuple[str, str]] = []
     for name, experts in modules.items():
         if not is_experts(experts):
-            continue
-        reason = unsupported(experts)
-        if reason is not None:
-            left.append((name, reason))
+            if _looks_like_experts(experts):
+                reason = f"{type(experts).__name__} is no experts class of transformers (@use_experts_implementation)"
+                left.append((name, reason))
             continue
         outer_name = name
         while outer_name and is_param_wrapper(modules.get(_parent(outer_name))):
             outer_name = _parent(outer_name)
-        switched.append(_switch(modules, name, outer_name))
-    if not switched:
+        reason = unsupported(experts) or _held(modules, name, outer_name, uses_kernels)
+        if reason is None:
+            taken.append((name, outer_name))
+        else:
+            left.append((name, reason))
+    if not taken:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
         raise ValueError(
             f"kernelize: {type(model).__name__} has no experts module that can be switched"
             + (reasons or "; is it a mixture-of-experts model of transformers 5?")
         )
-    return Report(tuple(switched), tuple(left))
+    register()
+    # Before the first is switched: experts share their config, which chooses the implementation.
+    for name, _ in taken:
+        experts = modules[name]
+        chosen = experts.config._experts_implementation
+        if chosen != IMPLEMENTATION or not hasattr(experts, "_scattermoe_lora_replaced"):
+            experts._scattermoe_lora_replaced = chosen
+        experts._scattermoe_lora_dropout = lora_dropout
+    return Report(tuple(_switch(modules, name, outer_name) for name, outer_name in taken), tuple(left))
+
+
+def unkernelize(model: nn.Module) -> tuple[str, ...]:
+    """Undoes `kernelize`, however often it was called: the experts implementation, PEFT's forward, hooks, dropout.
+
+    Returns:
+        The paths of the experts modules that run again what they ran before; empty for a model that was not
+        kernelized.
+    """
+    restored = []
+    for name, module in model.named_modules():
+        if hasattr(module, "_scattermoe_lora_replaced"):
+            module.config._experts_implementation = {"": module._scattermoe_lora_replaced}
+            del module._scattermoe_lora_replaced, module._scattermoe_lora_dropout
+            restored.append(name)
+        if is_param_wrapper(module) and _function(module.__dict__.get("forward")) is param_wrapper_forward:
+            del module.forward
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _FuseLater):
+                del module._forward_pre_hooks[key]
+    return tuple(restored)
 
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _looks_like_experts(module: nn.Module) -> bool:
+    """Whether a module has an expert stack of its own, such as those that Liger puts in the place of transformers'."""
+    weight = module._parameters.get("down_proj")
+    return isinstance(weight, Tensor) and weight.dim() == 3
+
+
+def _function(forward: Any) -> Any:
+    """The function under a forward: bound to a module, compiled, decorated."""
+    forward = inspect.unwrap(getattr(forward, "__func__", forward))
+    return inspect.unwrap(getattr(forward, "__func__", forward))
+
+
+def _held(modules: dict[str, Any], name: str, outer_name: str, uses_kernels: bool) -> str | None:
+    """What holds an experts module, so that a switch would not be what runs; None if nothing does.
+
+    Looked at are the experts, PEFT's wrappers around them, and the block that calls them.
+    """
+    wrappers, experts = unwrap(modules[outer_name])
+    block = [modules[_parent(outer_name)]] if outer_name else []
+    for module in (*wrappers, experts, *block):
+        what = "it" if module is experts else type(module).__name__
+        function = _function(module.__dict__.get("forward"))
+        ours = getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+        # accelerate's hooks call the forward that they wrap.
+        if ours or hasattr(module, "_hf_hook"):
+            continue
+        if function is not None and function is not _function(type(module).forward):
+            return f"{what} runs {function.__module__}.{function.__qualname__}, which stays; take it off first"
+        layer = getattr(type(module), "kernel_layer_name", None)
+        if uses_kernels and layer not in (None, EXPERTS_NAME, WRAPPER_NAME):
+            return f"{what} runs what use_kernels maps {layer} to, which stays; use_kernels=False, or map it to ours"
+    return None
+
+
 def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
     """Switches one experts module, its PEFT wrappers if it has any, and sees to wrappers that come later."""
     experts, outer = modules[name], modules[outer_name]
-    experts.config._experts_implementation = register()
+    experts.config._experts_implementation = {"": IMPLEMENTATION}  # of this config, not of those inside it
+    if _function(outer.__dict__.get("forward")) is _function(type(outer).forward):
+        del outer.forward  # its class's own, put there by `kernels` where it has nothing better
     fuse_wrapper(outer)
     if outer_name:
         parent, attribute = modules[_parent(outer_name)], outer_name.rpartition(".")[2]
@@ -122,6 +221,8 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
         experts_class=type(experts).__name__,
         lora=tuple(wrapper.parameter_name for wrapper in reversed(unwrap(outer)[0])),
         activation=activation if isinstance(activation, str) else "own",
+        replaced=experts._scattermoe_lora_replaced or "eager",
+        lora_dropout=experts._scattermoe_lora_dropout,
     )
 
 

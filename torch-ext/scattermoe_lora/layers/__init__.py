@@ -15,7 +15,13 @@ from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_for
 from ..moe_mlp import moe_mlp
 from ..types import ExpertLoRA
 
-__all__ = ["HFScatterMoEGatedMLP", "ScatterMoEExperts", "ScatterMoEGatedMLP", "ScatterMoEParamWrapper"]
+__all__ = [
+    "HFScatterMoEGatedMLP",
+    "MegaBlocksMoeMLP",
+    "ScatterMoEExperts",
+    "ScatterMoEGatedMLP",
+    "ScatterMoEParamWrapper",
+]
 
 
 class ScatterMoEExperts(nn.Module):
@@ -41,9 +47,10 @@ class ScatterMoEParamWrapper(nn.Module):
 
 
 class HFScatterMoEGatedMLP(nn.Module):
-    """Replaces a transformers block of ``gate``, ``experts`` and, if it has them, ``shared_expert(s)`` and their gate.
+    """Replaces a transformers block of a router, ``experts`` and, if it has them, shared experts and their gate.
 
-    For blocks that return one tensor: Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3 and their kin.
+    For blocks that return one tensor: Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral, DeepSeek-V3, GLM-4, GraniteMoe and their
+    kin. The router is the block's own, ``gate`` or ``router``.
     """
 
     can_torch_compile = True
@@ -51,28 +58,24 @@ class HFScatterMoEGatedMLP(nn.Module):
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """``hidden_states [B, L, H]``; returns ``[B, L, H]``."""
-        shape = hidden_states.shape
-        jitter = getattr(self, "jitter_noise", 0.0)
-        if self.training and jitter > 0:
-            hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - jitter, 1.0 + jitter)
-        hidden_states = hidden_states.reshape(-1, shape[-1])
-        _, top_k_weights, top_k_index = self.gate(hidden_states)
-        out = _experts(self.experts, hidden_states, top_k_index, top_k_weights)
-        for name in ("shared_expert", "shared_experts"):
-            shared = getattr(self, name, None)
-            if shared is not None:
-                shared_out = shared(hidden_states)
-                shared_gate = getattr(self, "shared_expert_gate", None)
-                if shared_gate is not None:
-                    shared_out = torch.sigmoid(shared_gate(hidden_states)) * shared_out
-                out = out + shared_out
-        return out.reshape(shape)
+        return _block(self, hidden_states)[0]
+
+
+class MegaBlocksMoeMLP(nn.Module):
+    """Replaces gpt-oss's block, under the name that transformers gives it: it returns its router's scores too."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``hidden_states [B, L, H]``; returns ``[B, L, H]`` and the routing weights ``[B * L, k]``."""
+        return _block(self, hidden_states)
 
 
 class ScatterMoEGatedMLP(nn.Module):
-    """Replaces a GraniteMoe-style block of ``router.layer``, ``input_linear`` and ``output_linear``.
+    """Replaces a GraniteMoe block: one of ``experts`` as transformers 5 has it, or one of stacked linears as before.
 
-    ``router`` has ``layer`` (a linear to ``E`` logits) and ``top_k``; the weights of ``input_linear`` are
+    The stacked linears are ``input_linear`` and ``output_linear``; then ``router`` has ``layer`` (a linear to ``E`` logits) and ``top_k``; the weights of ``input_linear`` are
     ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``, with biases and LoRA if they have them (`ParallelExperts`, or
     PEFT's wrapper of ``weight``); ``activation`` works on the gate half.
     """
@@ -82,6 +85,8 @@ class ScatterMoEGatedMLP(nn.Module):
 
     def forward(self: Any, layer_input: Tensor) -> Tensor:
         """``layer_input [B, L, H]``; returns ``[B, L, H]``. Routing weights are the softmax of the top-k logits."""
+        if hasattr(self, "experts"):
+            return _block(self, layer_input)[0]
         shape = layer_input.shape
         hidden_states = layer_input.reshape(-1, shape[-1])
         top_k_logits, top_k_index = self.router.layer(hidden_states).float().topk(self.router.top_k, dim=-1)
@@ -107,6 +112,27 @@ class ScatterMoEGatedMLP(nn.Module):
             activation="silu" if isinstance(activation, nn.SiLU) else gated,
         )
         return out.reshape(shape)
+
+
+def _block(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The forward of a block of router, experts and shared experts: its output, and the routing weights."""
+    shape = hidden_states.shape
+    jitter = getattr(block, "jitter_noise", 0.0)
+    if block.training and jitter > 0:
+        hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - jitter, 1.0 + jitter)
+    hidden_states = hidden_states.reshape(-1, shape[-1])
+    router = block.gate if hasattr(block, "gate") else block.router
+    _, top_k_weights, top_k_index = router(hidden_states)
+    out = _experts(block.experts, hidden_states, top_k_index, top_k_weights)
+    for name in ("shared_expert", "shared_experts"):
+        shared = getattr(block, name, None)
+        if shared is not None:
+            shared_out = shared(hidden_states)
+            shared_gate = getattr(block, "shared_expert_gate", None)
+            if shared_gate is not None:
+                shared_out = torch.sigmoid(shared_gate(hidden_states)) * shared_out
+            out = out + shared_out
+    return out.reshape(shape), top_k_weights
 
 
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

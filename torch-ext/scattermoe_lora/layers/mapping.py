@@ -1,0 +1,76 @@
+"""`kernel_mapping()`: this package's layers as a mapping of `kernels`, for `use_kernels` and `kernels.kernelize`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .. import layers
+from ..integrations.kernelize import EXPERTS_NAME, WRAPPER_NAME
+from ..integrations.versions import warn_of_untested
+
+DEVICES = ("cpu", "cuda", "rocm", "xpu")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of this very package, as a repository of `kernels`: nothing is downloaded or loaded a second time."""
+
+    layer_name: str
+
+    def load(self) -> type[nn.Module]:
+        return getattr(layers, self.layer_name)
+
+
+def kernel_mapping(*model_types: str) -> dict[str, dict[str, Layer]]:
+    """The mapping for `kernels.register_kernel_mapping` and `kernels.use_kernel_mapping`, for training and inference.
+
+    `kernels` replaces the forward of classes that have a name, which transformers' experts classes and PEFT's
+    ``ParamWrapper`` have not: those that are loaded get one here (``ScatterMoEExperts``, ``ScatterMoEParamWrapper``),
+    unless they have another. So call it when the model is there, and PEFT's adapters are on it. The mapping also has
+    ``MegaBlocksMoeMLP``, which is transformers' name for gpt-oss's block, and the names that axolotl gives to blocks.
+
+    Args:
+        model_types: families of transformers to load first, such as ``qwen3_moe``, for
+            ``from_pretrained(..., use_kernels=True)``: transformers loads the classes of a family with its first model.
+
+    Returns:
+        Layers by name and device.
+
+    Raises:
+        ImportError: `kernels` is missing, or transformers has no such family.
+    """
+    try:
+        from kernels import replace_kernel_forward_from_hub
+    except ImportError as error:
+        raise ImportError("scattermoe-lora: kernel_mapping needs the package kernels") from error
+    for model_type in model_types:
+        importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    warn_of_untested()
+    for cls in _subclasses(nn.Module):
+        if _is_experts_class(cls):
+            name = EXPERTS_NAME
+        elif cls is getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None):
+            name = WRAPPER_NAME
+        else:
+            continue
+        if not hasattr(cls, "kernel_layer_name"):
+            replace_kernel_forward_from_hub(cls, name)
+    return {name: dict.fromkeys(DEVICES, Layer(name)) for name in layers.__all__}
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _is_experts_class(cls: Any) -> bool:
+    """Whether transformers' @use_experts_implementation made it: it wraps both functions, and gives it a gate."""
+    wrapped = all(hasattr(function, "__wrapped__") for function in (cls.__init__, cls.forward))
+    return wrapped and hasattr(cls, "_apply_gate")
