@@ -14,7 +14,7 @@ from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub,
 from numerics import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import FAMILIES, loss_and_grads, targets, tiny_model, tokens, wrap
+from tiny import BLOCK, FAMILIES, loss_and_grads, targets, tiny_model, tokens, wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -430,16 +430,27 @@ def test_layers_for_experts(mapped, ran, family):
 
 
 @pytest.mark.parametrize("with_peft", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3", "glm4_moe", "granitemoe"]
+)
 def test_layer_for_blocks(mapped, ran, family, with_peft):
-    """`HFScatterMoEGatedMLP` returns exactly what each block returns, shared experts and router records included."""
+    """`HFScatterMoEGatedMLP` returns exactly what each block returns, shared experts and router records included.
+
+    GraniteMoe's has the name `ScatterMoEGatedMLP` in axolotl's mapping.
+    """
     ids = tokens()
     model = tiny_model(family)
     if with_peft:
         model = wrap(model, family)
     want = loss_and_grads(copy.deepcopy(model), ids)
-    layers = (model.base_model.model if with_peft else model).model.layers
-    mapped(model, {type(layers[-1].mlp): "HFScatterMoEGatedMLP"})
+    layer = (model.base_model.model if with_peft else model).model.layers[-1]
+    block = getattr(layer, BLOCK.get(family, "mlp"))
+    x = torch.randn(2, 5, 32)
+    want_out = block(x)
+    name = "ScatterMoEGatedMLP" if family == "granitemoe" else "HFScatterMoEGatedMLP"
+    mapped(model, {type(block): name})
+    assert block.forward.__func__.__qualname__ == f"{name}.forward"
+    assert_close({"block": (block(x), want_out)}, BOUND)
     with ran:
         check_same(loss_and_grads(model, ids), want)
     assert ran.ops["moe_mlp_forward"] == moe_layers(model) and ran.merges == 0

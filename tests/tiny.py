@@ -45,6 +45,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 8,
     },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,

@@ -76,7 +76,9 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
     if name and experts.is_concatenated and type(experts)._apply_gate.__name__ == "_default_apply_gate":
         return name
-    clamped = CLAMPED_GATES.get(type(experts).__name__)
+    # Not its class alone: under a parametrization, as in PEFT's forward, that is one made from it.
+    names = [cls.__name__ for cls in type(experts).__mro__]
+    clamped = next((CLAMPED_GATES[name] for name in names if name in CLAMPED_GATES), None)
     if clamped is not None and name in (None, "silu"):
         alpha, limit, shift = clamped
         return clamped_glu(1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit), shift)
@@ -87,8 +89,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
 
     Under PEFT's own forward, which merges LoRA into the weights by a parametrization, the factors are taken from the
-    parametrization and the merged weight is never made. Experts that can't be fused (`unsupported`) run their own
-    forward: an experts implementation is chosen for a whole config, which they may share with others that can.
+    parametrization: no merged weight is used (torch makes each once, when PEFT registers it; `kernelize` avoids that).
+    Experts that can't be fused (`unsupported`) run their own forward: an experts implementation is chosen for a whole
+    config, which they may share with others that can.
     """
     if unsupported(self):
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)

@@ -110,6 +110,7 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
         ValueError: no experts module could be switched.
     """
     lora_dropout = probability("kernelize", "lora_dropout", lora_dropout)
+    warn_of_untested()
     modules: dict[str, Any] = dict(model.named_modules())
     uses_kernels = any(getattr(module, "use_kernels", False) is True for module in modules.values())
     taken: list[tuple[str, str]] = []
@@ -117,8 +118,8 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
     for name, experts in modules.items():
         if not is_experts(experts):
             if _looks_like_experts(experts):
-                reason = f"{type(experts).__name__} is no experts class of transformers (@use_experts_implementation)"
-                left.append((name, reason))
+                cls = type(experts).__name__
+                left.append((name, f"{cls} is no experts class of transformers (@use_experts_implementation)"))
             continue
         outer_name = name
         while outer_name and is_param_wrapper(modules.get(_parent(outer_name))):

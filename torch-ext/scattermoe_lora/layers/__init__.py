@@ -75,9 +75,10 @@ class MegaBlocksMoeMLP(nn.Module):
 class ScatterMoEGatedMLP(nn.Module):
     """Replaces a GraniteMoe block: one of ``experts`` as transformers 5 has it, or one of stacked linears as before.
 
-    The stacked linears are ``input_linear`` and ``output_linear``; then ``router`` has ``layer`` (a linear to ``E`` logits) and ``top_k``; the weights of ``input_linear`` are
-    ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``, with biases and LoRA if they have them (`ParallelExperts`, or
-    PEFT's wrapper of ``weight``); ``activation`` works on the gate half.
+    The stacked linears are ``input_linear`` and ``output_linear``; then ``router`` has ``layer`` (a linear to ``E``
+    logits) and ``top_k``; the weights of ``input_linear`` are ``[E, 2I, H]``, of ``output_linear`` ``[E, H, I]``, with
+    biases and LoRA if they have them (`ParallelExperts`, or PEFT's wrapper of ``weight``); ``activation`` works on the
+    gate half.
     """
 
     can_torch_compile = True

@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -36,8 +35,8 @@ def kernel_mapping(*model_types: str) -> dict[str, dict[str, Layer]]:
     ``MegaBlocksMoeMLP``, which is transformers' name for gpt-oss's block, and the names that axolotl gives to blocks.
 
     Args:
-        model_types: families of transformers to load first, such as ``qwen3_moe``, for
-            ``from_pretrained(..., use_kernels=True)``: transformers loads the classes of a family with its first model.
+        model_types: families of transformers to load first, such as ``qwen3_moe``. For
+            ``from_pretrained(..., use_kernels=True)``: the classes of a family are loaded with its first model.
 
     Returns:
         Layers by name and device.
@@ -65,12 +64,13 @@ def kernel_mapping(*model_types: str) -> dict[str, dict[str, Layer]]:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
 
 
-def _is_experts_class(cls: Any) -> bool:
-    """Whether transformers' @use_experts_implementation made it: it wraps both functions, and gives it a gate."""
-    wrapped = all(hasattr(function, "__wrapped__") for function in (cls.__init__, cls.forward))
+def _is_experts_class(cls: type) -> bool:
+    """Whether transformers' @use_experts_implementation made it: it wraps two functions, and sees to a gate."""
+    wrapped = all(hasattr(vars(cls).get(name), "__wrapped__") for name in ("__init__", "forward"))
     return wrapped and hasattr(cls, "_apply_gate")
