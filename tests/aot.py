@@ -157,7 +157,7 @@ class _Tensors:
         out.backward(self.torch.empty_like(out))
 
 
-def _gated(kernel: types.ModuleType, case: Case) -> None:
+def _gated(kernel: types.ModuleType, case: Case, lora_dropout: float = 0.0) -> None:
     """Qwen3, Mixtral, GLM: weights of transformers, frozen; PEFT's float32 adapters; float32 routing weights."""
     t = _Tensors(kernel, case)
     f32 = t.torch.float32
@@ -170,7 +170,13 @@ def _gated(kernel: types.ModuleType, case: Case) -> None:
         t(t.num_tokens, TOP_K, dtype=f32),
         gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE, f32),
         down_lora=t.lora(INTERMEDIATE, HIDDEN, f32),
+        lora_dropout=lora_dropout,
     )
+
+
+def _dropped(kernel: types.ModuleType, case: Case) -> None:
+    """The same with dropout: its passes, and products of the rank alone in the backward."""
+    _gated(kernel, case, lora_dropout=0.1)
 
 
 def _transposed(kernel: types.ModuleType, case: Case) -> None:
@@ -232,7 +238,14 @@ def _crowd(kernel: types.ModuleType, case: Case) -> None:
         kernel.parallel_linear(x, weight, 1, *order)
 
 
-LAYERS = {"gated": _gated, "transposed": _transposed, "ungated": _ungated, "linear": _linear, "crowd": _crowd}
+LAYERS = {
+    "gated": _gated,
+    "dropped": _dropped,
+    "transposed": _transposed,
+    "ungated": _ungated,
+    "linear": _linear,
+    "crowd": _crowd,
+}
 
 # Every tile of the layer that matters most, and the largest and least of the others.
 ALL_CASES = [
@@ -240,6 +253,7 @@ ALL_CASES = [
     *(Case("gated", rows, "bfloat16", 64) for rows in (16, 128)),
     *(Case(layer, rows, "bfloat16", 64) for layer in ("transposed", "ungated", "linear") for rows in (16, 64, 128)),
     Case("crowd", 16, "bfloat16", 16),
+    *(Case("dropped", rows, "bfloat16", 16) for rows in (16, 128)),
     *(Case("gated", rows, "float32", 16) for rows in (16, 128)),
 ]
 

@@ -448,14 +448,16 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
     order = ("hidden_states", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
     order += ("gate_up_A", "gate_up_B", "down_A", "down_B", "top_k_weights")
     tensors = [x.get(name) for name in order]
-    flags = (0.5, 2.0, False, True, True, "silu")
+    seed = torch.tensor([5]) if bias else None
+    flags = (0.5, 2.0, False, True, True, "silu", 0.0 if seed is None else 0.3)
+    given_index = (case.top_k_index, seed)
     for save in (False, True):
-        torch.library.opcheck(ops.moe_mlp_forward, (*tensors, case.top_k_index, *flags, save), test_utils=OPCHECKS)
-    out, *saved = ops.moe_mlp_forward(*tensors, case.top_k_index, *flags, True)
+        torch.library.opcheck(ops.moe_mlp_forward, (*tensors, *given_index, *flags, save), test_utils=OPCHECKS)
+    out, *saved = ops.moe_mlp_forward(*tensors, *given_index, *flags, True)
     given = [tensor is not None for tensor in tensors]
     adapters = [given[i] and i in (5, 6, 7, 8) for i in range(10)]
     for needs in [given] + [adapters] * lora:
-        arguments = (torch.randn_like(out), *tensors, case.top_k_index, *saved, *flags, needs)
+        arguments = (torch.randn_like(out), *tensors, *given_index, *saved, *flags, needs)
         torch.library.opcheck(ops.moe_mlp_backward, arguments, test_utils=OPCHECKS)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import types
 
 import pytest
 import torch
 from conftest import inner
-from numerics import BASE, Case
+from numerics import BASE, Case, assert_close
 
 pytestmark = pytest.mark.interpreter
 
@@ -97,6 +98,17 @@ def test_other_data_at_other_addresses(kernel, replay, options, monkeypatch):
         assert len(replay._programs) == 2  # a forward's and a backward's
         assert len(ran) == 2 * (seed - 1)
     assert not torch.equal(kept[1]["output"], kept[2]["output"])
+
+
+def test_the_seed_is_no_constant(kernel, replay):
+    """Dropout is replayed with the seed of its own step."""
+    case = Case(**SIZES)
+    for seed in (1, 2, 2**40):
+        options = {"lora_dropout": 0.3, "dropout_seed": torch.tensor([seed])}
+        got = case.run(kernel, functools.partial(kernel.moe_mlp, **options), torch.device("cpu"), reference=False)
+        want = case.run(kernel, functools.partial(kernel.reference.moe_mlp, **options), case.home, reference=True)
+        assert_close({name: (got[name], want[name]) for name in want}, 1e-6)
+        assert len(replay._programs) == 2
 
 
 def test_without_gradients(kernel, replay):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .checks import FLOATS, INTEGERS, Arguments
+from .checks import FLOATS, INTEGERS, Arguments, probability
 from .parallel_linear import expert_linear, flatten_sort_count
-from .reference import ACTIVATIONS, activate, clamped_glu_parameters
+from .reference import ACTIVATIONS, DROPPED_ACTIVATION, DROPPED_INPUT, activate, clamped_glu_parameters
 from .types import ExpertLoRA
 
 
@@ -33,10 +33,12 @@ def moe_mlp(
     activation: str | Callable[[Tensor], Tensor] = "silu",
     expert_norm: Callable[[Tensor], Tensor] | None = None,
     expert_parallel: bool = False,
+    lora_dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """The experts layer: ``out[t] = sum_j w[t, j] * down_e(act(gate_up_e(x[t])))`` with ``e = top_k_index[t, j]``.
 
-    Each projection is ``W_e x + scaling * B_e (A_e x) + bias_e``. Computed in the weights' dtype with float32
+    Each projection is ``W_e x + scaling * B_e (A_e dropout(x)) + bias_e``. Computed in the weights' dtype with float32
     accumulation; differentiable once with respect to every floating point argument, frozen ones cost nothing.
 
     Args:
@@ -57,6 +59,12 @@ def moe_mlp(
             two fused products and may be anything autograd knows.
         expert_norm: applied to every expert's output, ``[S, H]`` to ``[S, H]``, before the routing weight.
         expert_parallel: accept ids >= E, transformers' expert-parallel sentinels: no work, no output, no gradient.
+        lora_dropout: the probability, in ``[0, 1)``, that an element of what LoRA reads counts as zero; the others are
+            divided by ``1 - lora_dropout``. A token's input is dropped once for all its experts, the input of
+            ``down_proj`` for each choice. 0 costs nothing.
+        dropout_seed: int64 ``[1]``, on the device of the rest: the mask is a hash of it and is never kept. None
+            draws one from torch's generator of the device, so `torch.manual_seed` repeats it, and so does gradient
+            checkpointing, which restores the generator.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
@@ -84,6 +92,11 @@ def moe_mlp(
         args.tensor("down_proj_bias", down_proj_bias, ("E", "H"), FLOATS)
     args.lora("gate_up_lora", gate_up_lora, "H", "2I" if has_gate else "I")
     args.lora("down_lora", down_lora, "I", "H")
+    lora_dropout = probability("moe_mlp", "lora_dropout", lora_dropout)
+    if dropout_seed is not None:
+        args.tensor("dropout_seed", dropout_seed, ("seeds",), (torch.int64,))
+        if args.size("seeds") != 1:
+            raise args.fail("dropout_seed", "of one element", f"shape {tuple(dropout_seed.shape)}")
     args.expert_ids("top_k_index", top_k_index, args.size("E"), allow_sentinels=expert_parallel)
 
     if not callable(activation) and not _is_fused(activation, has_gate):
@@ -95,6 +108,10 @@ def moe_mlp(
         activation = functools.partial(
             activate, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated
         )
+    if lora_dropout == 0.0 or (gate_up_lora is None and down_lora is None):
+        lora_dropout, dropout_seed = 0.0, None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (1,), device=hidden_states.device)
     if callable(activation):
         return _composed(
             hidden_states,
@@ -108,6 +125,8 @@ def moe_mlp(
             down_proj_bias,
             activation,
             expert_norm,
+            lora_dropout,
+            dropout_seed,
             args,
         )
 
@@ -130,10 +149,11 @@ def moe_mlp(
         is_concatenated,
         has_gate,
         activation,
+        lora_dropout,
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _MoeMlp.apply(flags, top_k_index, *tensors)
-    return ops.moe_mlp_forward(*tensors, top_k_index, *flags, False)[0]
+        return _MoeMlp.apply(flags, top_k_index, dropout_seed, *tensors)
+    return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, False)[0]
 
 
 def _is_fused(activation: object, has_gate: bool) -> bool:
@@ -149,18 +169,32 @@ def _is_fused(activation: object, has_gate: bool) -> bool:
 
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flags, top_k_index, *tensors):
-        out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, *flags, True)
-        ctx.save_for_backward(*tensors, top_k_index, *saved)
+    def forward(ctx, flags, top_k_index, dropout_seed, *tensors):
+        out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, True)
+        ctx.save_for_backward(*tensors, top_k_index, dropout_seed, *saved)
         ctx.flags = flags
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        needs = list(ctx.needs_input_grad[2:])
+        needs = list(ctx.needs_input_grad[3:])
         grads = ops.moe_mlp_backward(dout, *ctx.saved_tensors, *ctx.flags, needs)
-        return (None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+        return (None, None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seed, p, stream, rows):
+        ctx.save_for_backward(seed, rows)
+        ctx.options = p, stream
+        return ops.dropout(x, seed, p, stream, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        seed, rows = ctx.saved_tensors
+        return ops.dropout(dout, seed, *ctx.options, rows), None, None, None, None
 
 
 def _composed(
@@ -175,28 +209,33 @@ def _composed(
     down_proj_bias: Tensor | None,
     activation: Callable[[Tensor], Tensor],
     expert_norm: Callable[[Tensor], Tensor] | None,
+    lora_dropout: float,
+    dropout_seed: Tensor | None,
     args: Arguments,
 ) -> Tensor:
     """The same layer with any activation and norm: two fused linears, and the functions between and after them."""
     num_experts, k = w_up.shape[0], top_k_index.shape[1]
     _, scattered_idxs, expert_offsets = flatten_sort_count(top_k_index, num_experts)
+    order = (scattered_idxs, expert_offsets)
+
+    def linear(x, weight, fan_out, lora, stream, rows, *, bias, gates, **layout):
+        if lora is None or dropout_seed is None:
+            return expert_linear(x, weight, fan_out, *order, lora=lora, bias=bias, gates=gates, **layout)
+        # Three linears: what LoRA reads is not what the base reads.
+        out = expert_linear(x, weight, fan_out, *order, bias=bias, gates=gates, **layout)
+        x = _Dropout.apply(x, dropout_seed, lora_dropout, stream, rows)
+        A, B = lora.A.mT.to(weight.dtype), lora.B.mT.to(weight.dtype)
+        z = expert_linear(x, A, fan_out, *order, **(layout | {"grouped_out": True}))
+        return out + lora.scaling * expert_linear(z, B, 1, *order, gates=gates, **(layout | {"grouped_in": True}))
+
     x = hidden_states.to(w_up.dtype)
-    h = expert_linear(
-        x, w_up, k, scattered_idxs, expert_offsets, lora=gate_up_lora, bias=gate_up_proj_bias, grouped_out=True
-    )
+    h = linear(x, w_up, k, gate_up_lora, DROPPED_INPUT, None, bias=gate_up_proj_bias, gates=None, grouped_out=True)
     a = activation(h)
     args.bind("S", h.shape[0], "h")
     a = args.tensor("activation(h)", a, ("S", "I"), FLOATS).to(h.dtype)
-    out = expert_linear(
-        a,
-        w_down,
-        1,
-        scattered_idxs,
-        expert_offsets,
-        lora=down_lora,
-        bias=down_proj_bias,
-        gates=top_k_weights if expert_norm is None else None,
-        grouped_in=True,
+    gates = top_k_weights if expert_norm is None else None
+    out = linear(
+        a, w_down, 1, down_lora, DROPPED_ACTIVATION, scattered_idxs, bias=down_proj_bias, gates=gates, grouped_in=True
     )
     if expert_norm is not None:
         y = args.tensor("expert_norm(y)", expert_norm(out), ("S", "H"), FLOATS)

@@ -16,6 +16,7 @@ from torch.library import infer_schema
 
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
+from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import Routing
 
 
@@ -67,12 +68,14 @@ def _moe_mlp_forward(
     down_B: Optional[Tensor],
     top_k_weights: Tensor,
     top_k_index: Tensor,
+    dropout_seed: Optional[Tensor],
     gate_up_scaling: float,
     down_scaling: float,
     is_transposed: bool,
     is_concatenated: bool,
     has_gate: bool,
     activation: str,
+    lora_dropout: float,
     save: bool,
 ) -> List[Tensor]:
     """``[out]``, and with ``save`` what the backward needs: ``h, xa, aa, scattered_idxs, expert_offsets, tiles``."""
@@ -87,8 +90,9 @@ def _moe_mlp_forward(
         *_lora(down_A, down_B, dtype),
         _flat(top_k_weights),
         _flat(top_k_index),
+        dropout_seed,
     )
-    flags = (is_transposed, is_concatenated, has_gate, activation)
+    flags = (is_transposed, is_concatenated, has_gate, activation, lora_dropout)
     options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, save)
     outputs = backend.of(hidden_states).replay(_forward_body, tensors, options)
     return [_empty(gate_up_proj) if output is None else output for output in outputs]
@@ -107,6 +111,7 @@ def _forward_body(
     B_down: Optional[Tensor],
     weights: Tensor,
     expert_ids: Tensor,
+    seed: Optional[Tensor],
     out_dtype: torch.dtype,
     gate_up_scaling: float,
     down_scaling: float,
@@ -114,6 +119,7 @@ def _forward_body(
     is_concatenated: bool,
     has_gate: bool,
     activation: str,
+    lora_dropout: float,
     save: bool,
 ) -> List[Optional[Tensor]]:
     num_tokens, num_experts = x.shape[0], gate_up_proj.shape[0]
@@ -124,19 +130,34 @@ def _forward_body(
     tiles = run.schedule(expert_offsets, expert_ids.shape[0])
     routing = Routing(scattered_idxs, expert_offsets, tiles)
 
-    xa = None if A_up is None else run.shrink(x, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
+    xa = None
+    if A_up is not None:
+        dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
+        xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
+        del dropped
     expand = None if B_up is None else B_up.mT
     h = run.grouped_gemm(x, w_up, routing, x_fan_out=fan_out, z=xa, expand=expand, bias=gate_up_proj_bias)
     a = run.act(h, routing, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)
     if not save:
         h = None  # its memory is free for the rest
-    aa = None if A_down is None else run.shrink(a, A_down.mT, routing, x_fan_out=0, scale=down_scaling)
+    aa = None
+    if A_down is not None:
+        dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
+        aa = run.shrink(dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling)
+        del dropped
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     expand = None if B_down is None else B_down.mT
     _gemm_combine(
         run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
     )
     return [out, h, xa, aa, scattered_idxs, expert_offsets, tiles] if save else [out]
+
+
+def _drop_activation(
+    run: ModuleType, a: Tensor, seed: Tensor, p: float, routing: Routing, out: Optional[Tensor] = None
+) -> Tensor:
+    """Dropout of grouped rows, whose mask belongs to their slots: it does not depend on the routing of others."""
+    return run.dropout(a, seed, p=p, stream=DROPPED_ACTIVATION, rows=routing.scattered_idxs, out=out)
 
 
 # Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
@@ -206,12 +227,14 @@ def _(
     down_B,
     top_k_weights,
     top_k_index,
+    dropout_seed,
     gate_up_scaling,
     down_scaling,
     is_transposed,
     is_concatenated,
     has_gate,
     activation,
+    lora_dropout,
     save,
 ):
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
@@ -243,6 +266,7 @@ def _moe_mlp_backward(
     down_B: Optional[Tensor],
     top_k_weights: Tensor,
     top_k_index: Tensor,
+    dropout_seed: Optional[Tensor],
     h: Tensor,
     xa: Tensor,
     aa: Tensor,
@@ -255,6 +279,7 @@ def _moe_mlp_backward(
     is_concatenated: bool,
     has_gate: bool,
     activation: str,
+    lora_dropout: float,
     needs: List[bool],
 ) -> List[Tensor]:
     """Gradients of the first ten tensor arguments of `moe_mlp_forward`, in their order, where ``needs`` says so."""
@@ -274,6 +299,7 @@ def _moe_mlp_backward(
         *_lora(down_A, down_B, dtype),
         _flat(top_k_weights),
         _flat(top_k_index),
+        dropout_seed,
         h,
         xa,
         aa,
@@ -282,7 +308,7 @@ def _moe_mlp_backward(
         tiles,
         down_proj_bias.to(dtype) if down_proj_bias is not None and needs[9] else None,
     )
-    flags = (is_transposed, is_concatenated, has_gate, activation)
+    flags = (is_transposed, is_concatenated, has_gate, activation, lora_dropout)
     options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs))
     *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
     if grads[9] is not None:
@@ -309,6 +335,7 @@ def _backward_body(
     B_down: Optional[Tensor],
     weights: Tensor,
     expert_ids: Tensor,
+    seed: Optional[Tensor],
     h: Tensor,
     xa: Tensor,
     aa: Tensor,
@@ -323,6 +350,7 @@ def _backward_body(
     is_concatenated: bool,
     has_gate: bool,
     activation: str,
+    lora_dropout: float,
     needs: tuple[bool, ...],
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights.
@@ -343,7 +371,13 @@ def _backward_body(
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
     if need_dh or need_a or need_weights:
-        a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
+        if seed is None or A_down is None:
+            a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
+        else:  # LoRA's part of the gradient goes through the dropout, the rest does not
+            a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out)
+            update = run.grouped_gemm(u_down, A_down, routing, x_fan_out=0)
+            _drop_activation(run, update, seed, lora_dropout, routing, out=a)
+            del update
         dot_dtype = weights.dtype
         if bias_of_dot is not None:  # more is to be added
             dot_dtype = torch.promote_types(dot_dtype, torch.float32)
@@ -370,7 +404,9 @@ def _backward_body(
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
     if need_down_A:
         grads[7] = run.empty_like(down_A)
-        run.gram(a, u_down, routing, grads[7].mT, left_fan_out=0, row_weights=weights)
+        dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
+        run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0, row_weights=weights)
+        del dropped
     if need_down_B:
         grads[8] = run.empty_like(down_B)
         run.gram(dout, aa, routing, grads[8], left_fan_out=fan_out, row_weights=weights)
@@ -391,15 +427,24 @@ def _backward_body(
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
         grads[5] = run.empty_like(gate_up_A)
-        run.gram(x, u_up, routing, grads[5].mT, left_fan_out=fan_out)
+        dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
+        run.gram(dropped, u_up, routing, grads[5].mT, left_fan_out=fan_out)
+        del dropped
     if need_up_B:
         grads[6] = run.empty_like(gate_up_B)
         run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
+        z, expand = (u_up, A_up) if seed is None else (None, None)
         _gemm_combine(
-            run, grads[0], dh, w_up.mT, routing, z=u_up, expand=A_up, bias=None, weights=None, expert_ids=expert_ids
+            run, grads[0], dh, w_up.mT, routing, z=z, expand=expand, bias=None, weights=None, expert_ids=expert_ids
         )
+        if seed is not None and u_up is not None and A_up is not None:
+            update = run.empty(*x.shape, dtype=x.dtype, device=x.device)
+            _gemm_combine(
+                run, update, u_up, A_up, routing, z=None, expand=None, bias=None, weights=None, expert_ids=expert_ids
+            )
+            run.dropout(update, seed, p=lora_dropout, stream=DROPPED_INPUT, out=grads[0])
     return grads
 
 
@@ -435,6 +480,7 @@ def _(
     down_B,
     top_k_weights,
     top_k_index,
+    dropout_seed,
     h,
     xa,
     aa,
@@ -447,6 +493,7 @@ def _(
     is_concatenated,
     has_gate,
     activation,
+    lora_dropout,
     needs,
 ):
     inputs = [
@@ -462,6 +509,21 @@ def _(
         top_k_weights.contiguous(),
     ]
     return _fake_grads(inputs, needs)
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, rows: Optional[Tensor]) -> Tensor:
+    """See `reference.dropout`."""
+    return backend.of(x).dropout(x, seed, p=p, stream=stream, rows=rows)
+
+
+torch.library.define(add_op_namespace_prefix("dropout"), infer_schema(_dropout, mutates_args=()))
+torch.library.impl(add_op_namespace_prefix("dropout"), "CompositeExplicitAutograd", _dropout)
+dropout = ops.dropout.default
+
+
+@torch.library.register_fake(add_op_namespace_prefix("dropout"))
+def _(x, seed, p, stream, rows):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _parallel_linear_forward(

@@ -1,9 +1,9 @@
 """The whole computation in plain PyTorch: the oracle of the tests, the CPU backend, and what to read first.
 
 The first half is the definition: `moe_mlp` and `parallel_linear` as one would write them on a blackboard, a loop over
-the experts with merged LoRA weights, differentiable by autograd. In float64 it is what every other path is judged by.
+the experts, differentiable by autograd. In float64 it is what every other path is judged by.
 
-The second half is the CPU backend: the six kernels of `triton_kernels/` with the same names, arguments and results,
+The second half is the CPU backend: the seven kernels of `triton_kernels/` with the same names, arguments and results,
 each a loop over experts of dense matrix products. The operands of one call share one dtype. Rows of no expert come
 back as zeros.
 """
@@ -40,20 +40,35 @@ def moe_mlp(
     is_concatenated: bool = True,
     has_gate: bool = True,
     activation: str | Callable[[Tensor], Tensor] = "silu",
+    lora_dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """The experts layer by definition; arguments as in the package's `moe_mlp`. Returns ``[T, H]``."""
+    """The experts layer by definition; arguments as in the package's `moe_mlp`. Returns ``[T, H]``.
+
+    What LoRA reads is dropped by token before the first projection, by slot before the second.
+    """
     if not is_transposed:
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-    gate_up_proj = merge_lora(gate_up_proj, gate_up_lora)
-    down_proj = merge_lora(down_proj, down_lora)
+    k = top_k_index.shape[1]
     out = torch.zeros_like(hidden_states)
+
+    def update(x: Tensor, lora: ExpertLoRA | None, e: int, stream: int, rows: Tensor) -> Tensor | float:
+        if lora is None:
+            return 0.0
+        if lora_dropout:
+            assert dropout_seed is not None
+            keep = dropout_keep(dropout_seed, rows, x.shape[1], p=lora_dropout, stream=stream)
+            x = torch.where(keep, x / (1.0 - lora_dropout), 0.0)
+        return lora.scaling * (x @ lora.A[e].mT.to(x.dtype)) @ lora.B[e].mT.to(x.dtype)
+
     for e, (w_up, w_down) in enumerate(zip(gate_up_proj.unbind(), down_proj.unbind(), strict=True)):
         token, choice = torch.where(top_k_index == e)
-        h = hidden_states[token] @ w_up
+        x = hidden_states[token]
+        h = x @ w_up + update(x, gate_up_lora, e, DROPPED_INPUT, token)
         if gate_up_proj_bias is not None:
             h = h + gate_up_proj_bias[e]
         a = activation(h) if callable(activation) else activate(h, activation, has_gate, is_concatenated)
-        y = a @ w_down
+        y = a @ w_down + update(a, down_lora, e, DROPPED_ACTIVATION, token * k + choice)
         if down_proj_bias is not None:
             y = y + down_proj_bias[e]
         out = out.index_add(0, token, y * top_k_weights[token, choice, None])
@@ -85,6 +100,41 @@ def merge_lora(weight: Tensor, lora: ExpertLoRA | None) -> Tensor:
     if lora is None:
         return weight
     return weight + lora.scaling * torch.einsum("eor,eri->eio", lora.B.to(weight.dtype), lora.A.to(weight.dtype))
+
+
+# The streams of a seed's dropout: what the first projection's LoRA reads, and what the second's does.
+DROPPED_INPUT, DROPPED_ACTIVATION = 0, 1
+
+_32_BITS = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    """MurmurHash3's finalizer (Appleby, 2008) of 32-bit numbers in int64: every bit of it depends on every bit."""
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _32_BITS
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _32_BITS
+    return h ^ (h >> 16)
+
+
+def dropout_threshold(p: float) -> int:
+    """Which of the 31-bit hashes are dropped: those below."""
+    return min(round(p * 2**31), 2**31 - 1)
+
+
+def dropout_keep(seed: Tensor, rows: Tensor, columns: int, *, p: float, stream: int) -> Tensor:
+    """Which elements stay: bool ``[R, columns]``, each True with probability ``1 - p``.
+
+    A hash of the element's place, so that forward, backward and a checkpoint's replay agree and nothing is kept.
+
+    Args:
+        seed: int64 ``[1]``; rows: int64 ``[R]``, the number of each row (a token, or a slot), below 2**32.
+        stream: tells apart what is dropped with one seed.
+    """
+    key = _mix(_mix(seed & _32_BITS) ^ ((seed >> 32) & _32_BITS))
+    key = _mix(_mix((key + stream) & _32_BITS) ^ (rows & _32_BITS))[:, None]
+    n = torch.arange(columns, device=rows.device)
+    # Two keys for a row: with one, two rows could be pieces of the same sequence.
+    bits = _mix((_mix(n ^ key) + _mix(key ^ 0x9E3779B9)) & _32_BITS)
+    return (bits >> 1) >= dropout_threshold(p)
 
 
 def split_gate_up(h: Tensor, is_concatenated: bool) -> tuple[Tensor, Tensor]:
@@ -401,6 +451,27 @@ def combine(
     if weights is not None:
         terms = terms * weights[:, None].to(terms.dtype)
     return out.copy_(terms.view(out.shape[0], fan_out, y.shape[1]).sum(1))
+
+
+def dropout(
+    x: Tensor, seed: Tensor, *, p: float, stream: int, rows: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``where(keep, x / (1 - p), 0)`` with `dropout_keep`'s mask, added to ``out`` if that is given.
+
+    Args:
+        x: ``[R, N]``.
+        seed: int64 ``[1]``.
+        rows: int64 ``[R]``, the number of each row; their own order if None.
+        out: ``[R, N]``, overwritten by the sum.
+
+    Returns:
+        ``[R, N]`` in the dtype of ``x``, or ``out``.
+    """
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=x.device)
+    keep = dropout_keep(seed, rows, x.shape[1], p=p, stream=stream)
+    y = torch.where(keep, x.to(_acc_dtype(x.dtype)) * (1.0 / (1.0 - p)), 0.0)
+    return y.to(x.dtype) if out is None else out.copy_(out.to(y.dtype) + y)
 
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:

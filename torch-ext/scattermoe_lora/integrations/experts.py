@@ -105,10 +105,19 @@ def fused_experts(
     top_k_weights: Tensor,
     loras: Mapping[str, ExpertLoRA],
 ) -> Tensor:
-    """`moe_mlp` on an experts module, with the LoRA of each projection by parameter name."""
+    """`moe_mlp` on an experts module, with the LoRA of each projection by parameter name.
+
+    In train mode with the dropout that `kernelize` put on the module.
+
+    Raises:
+        RuntimeError: there is dropout, and PEFT's own forward has merged LoRA into a weight (of several adapters).
+    """
     up = up_name(experts)
+    lora_dropout = getattr(experts, "_scattermoe_lora_dropout", 0.0) if experts.training else 0.0
     up_weight, up_lora = _weight_and_lora(experts, up, loras)
     down_weight, down_lora = _weight_and_lora(experts, "down_proj", loras)
+    if lora_dropout and (_merged(experts, up, up_lora) or _merged(experts, "down_proj", down_lora)):
+        raise RuntimeError("scattermoe-lora: lora_dropout can't be applied where PEFT merges several active adapters")
     return moe_mlp(
         hidden_states,
         up_weight,
@@ -125,6 +134,7 @@ def fused_experts(
         activation=fused_activation(experts),
         expert_norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
         expert_parallel=experts._is_expert_parallel,
+        lora_dropout=lora_dropout,
     )
 
 
@@ -144,3 +154,10 @@ def _weight_and_lora(experts: Any, name: str, loras: Mapping[str, ExpertLoRA]) -
             A, B = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)
             return steps.original, ExpertLoRA(A, B, scaling)
     return getattr(experts, name), loras.get(name)
+
+
+def _merged(experts: Any, name: str, lora: ExpertLoRA | None) -> bool:
+    """Whether PEFT's parametrization puts LoRA into a weight."""
+    if lora is not None or not parametrize.is_parametrized(experts, name):
+        return False
+    return any(type(step).__name__.startswith("_Lora") for step in experts.parametrizations[name])

@@ -172,9 +172,10 @@ def _parent(name: str) -> str:
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
-    """Whether a module has an expert stack of its own, such as those that Liger puts in the place of transformers'."""
+    """Whether a module has an expert stack and takes ids and weights, as Liger's in the place of transformers'."""
     weight = module._parameters.get("down_proj")
-    return isinstance(weight, Tensor) and weight.dim() == 3
+    stacked = isinstance(weight, Tensor) and weight.dim() == 3
+    return stacked and len(inspect.signature(type(module).forward).parameters) == 4
 
 
 def _function(forward: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The GPU backend: six kernel families in Triton, names, arguments and results as in `reference`'s second half.
+"""The GPU backend: seven kernel families in Triton, names, arguments and results as in `reference`'s second half.
 
 Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (TF32 has 3e-4 of relative error), and
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
@@ -6,6 +6,7 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 
 from .act import act, act_grad
 from .combine import combine
+from .dropout import dropout
 from .gram import gram
 from .grouped_gemm import grouped_gemm
 from .launch import columns, empty, empty_like
@@ -18,6 +19,7 @@ __all__ = [
     "act_grad",
     "columns",
     "combine",
+    "dropout",
     "empty",
     "empty_like",
     "gram",
