@@ -240,6 +240,35 @@ def test_the_trap_of_a_kernel_config_of_strings(kernel, mappings, ran, tmp_path,
         assert ran.ops == {"moe_mlp_forward": 2}
 
 
+class MegaBlocks(nn.Module):
+    """What transformers' own mapping has for gpt-oss's block."""
+
+    def forward(self, hidden_states):
+        return torch.zeros_like(hidden_states), None
+
+
+class MegaBlocksRepository:
+    def load(self):
+        return MegaBlocks
+
+
+def test_the_trap_of_transformers_own_mapping(kernel, mappings, ran, monkeypatch):
+    """docs/switching-on.md: use_kernels registers transformers' mapping after ours; a kernel_config comes after that."""
+    theirs = {"MegaBlocksMoeMLP": {"cpu": MegaBlocksRepository()}}
+    monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", theirs)
+    model = tiny_model("gpt_oss")
+    kernels.register_kernel_mapping(kernel.kernel_mapping())
+    model.use_kernels = True
+    assert model.model.layers[0].mlp.forward.__func__ is MegaBlocks.forward
+    model.kernel_config = KernelConfig(kernel.kernel_mapping())
+    for training in (False, True):
+        model.train(training)
+        assert model.model.layers[0].mlp.forward.__func__ is kernel.layers.MegaBlocksMoeMLP.forward
+        with ran, torch.no_grad():
+            model(input_ids=tokens())
+        assert ran.ops == {"moe_mlp_forward": 2}
+
+
 @pytest.mark.parametrize("with_peft", [False, True])
 def test_gpt_oss_block(kernel, mappings, ran, with_peft):
     """`MegaBlocksMoeMLP`, by the name that transformers gives the class: output and router scores, as the class's."""
