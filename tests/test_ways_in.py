@@ -253,7 +253,7 @@ class MegaBlocksRepository:
 
 
 def test_the_trap_of_transformers_own_mapping(kernel, mappings, ran, monkeypatch):
-    """docs/switching-on.md: use_kernels registers transformers' mapping after ours; a kernel_config comes after that."""
+    """docs/switching-on.md: use_kernels registers its own mapping after ours; a kernel_config comes after that."""
     theirs = {"MegaBlocksMoeMLP": {"cpu": MegaBlocksRepository()}}
     monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", theirs)
     model = tiny_model("gpt_oss")
