@@ -90,15 +90,13 @@ def _errors(kernel: ModuleType, model: Model, T: int, dtype: torch.dtype) -> dic
 
 def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
     case = Case.of_model(model, T, torch.bfloat16)
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in case.frozen) for name, t in case.tensors.items()}
+    arguments, leaves = case.layer(kernel)
     case.tensors = {}  # the float64 originals are not part of what is measured
-    loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
     flags = {"is_transposed": model.is_transposed, "is_concatenated": model.is_concatenated}
     grad = case.grad.to(torch.bfloat16)
-    leaves = [*x.values(), *(factor for lora in loras.values() for factor in (lora.A, lora.B))]
 
     def forward() -> torch.Tensor:
-        return kernel.moe_mlp(**x, **loras, **flags, top_k_index=case.top_k_index)
+        return kernel.moe_mlp(**arguments, **flags)
 
     def step() -> None:
         forward().backward(grad)

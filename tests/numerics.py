@@ -117,6 +117,20 @@ class Case:
             home=torch.device("cuda"),
         )
 
+    def layer(self, kernel: ModuleType) -> tuple[dict[str, Any], list[Tensor]]:
+        """The arguments of `moe_mlp` in their dtypes at home, and those of them that train."""
+        x = {}
+        for name, tensor in self.tensors.items():
+            dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype
+            x[name] = tensor.to(dtype).requires_grad_(name not in self.frozen)
+        leaves = [tensor for tensor in x.values() if tensor.requires_grad]
+        loras = {
+            f"{projection}_lora": kernel.ExpertLoRA(x.pop(f"{projection}_A"), x.pop(f"{projection}_B"), scaling)
+            for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True)
+            if self.r
+        }
+        return {**x, **loras, "top_k_index": self.top_k_index}, leaves
+
     def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
         """Output and gradients of `function`: in float64 for the reference, else in its dtypes on the device."""
         leaves = {}

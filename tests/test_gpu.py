@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import MODELS
@@ -50,7 +53,7 @@ def test_trainable_base(kernel):
 def test_deterministic_at_real_size(kernel):
     case = real_case("Qwen3-30B-A3B", 8192, torch.bfloat16)
     first = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
-    for _ in range(5):
+    for _ in range(20):
         again = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -94,9 +97,8 @@ def test_replay_in_pieces(kernel, monkeypatch):
 def test_peak_memory(kernel):
     """Both the first step of a shape and its replay free what they no longer need."""
     case = real_case("OLMoE-1B-7B", 8192, torch.bfloat16)
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in BASE) for name, t in case.tensors.items()}
+    arguments, leaves = case.layer(kernel)
     case.tensors = {}
-    loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
     grad = case.grad.to(torch.bfloat16)
     slots = 8192 * 8 * 2  # bytes of a column of the slots
     # The pre-activation and its gradient, half the slots' outputs; dX, the output, and 50 MiB of rank-sized ones.
@@ -104,26 +106,20 @@ def test_peak_memory(kernel):
     for _ in range(2):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        kernel.moe_mlp(**x, **loras, top_k_index=case.top_k_index).backward(grad)
+        kernel.moe_mlp(**arguments).backward(grad)
         assert torch.cuda.max_memory_allocated() - before < bound
-        for leaf in (
-            x["hidden_states"],
-            x["top_k_weights"],
-            *(f for lora in loras.values() for f in (lora.A, lora.B)),
-        ):
+        for leaf in leaves:
             leaf.grad = None
 
 
 def test_cuda_graph(kernel):
     """A step is captured, and replayed with other data."""
     case = Case(512, 256, 160, 8, 3, 16, torch.bfloat16, frozen=BASE, home=torch.device("cuda"))
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in BASE) for name, t in case.tensors.items()}
-    loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
-    leaves = [x["hidden_states"], x["top_k_weights"], *(f for lora in loras.values() for f in (lora.A, lora.B))]
+    arguments, leaves = case.layer(kernel)
     index, grad = case.top_k_index, case.grad.to(torch.bfloat16)
 
     def step() -> list[torch.Tensor]:
-        out = kernel.moe_mlp(**x, **loras, top_k_index=index)
+        out = kernel.moe_mlp(**arguments)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
     stream = torch.cuda.Stream()
@@ -136,7 +132,7 @@ def test_cuda_graph(kernel):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        x["hidden_states"].normal_()
+        arguments["hidden_states"].normal_()
         index.copy_(torch.rand(512, 8, device="cuda").topk(3, dim=1).indices)
     graph.replay()
     assert all(torch.equal(got, want) for got, want in zip(captured, step(), strict=True))
@@ -197,12 +193,118 @@ def test_launches_follow_the_tensors_device(kernel):
 def test_step_needs_no_sync(kernel):
     """Nothing in a step waits for the device: torch raises on a synchronising call in this mode."""
     case = real_case("OLMoE-1B-7B", 256, torch.bfloat16)
-    x = {name: t.to(torch.bfloat16).requires_grad_(name not in case.frozen) for name, t in case.tensors.items()}
-    lora = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
+    arguments, _ = case.layer(kernel)
     grad = case.grad.to(torch.bfloat16)
-    kernel.moe_mlp(**x, **lora, top_k_index=case.top_k_index).backward(grad)  # compiles
+    kernel.moe_mlp(**arguments).backward(grad)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernel.moe_mlp(**x, **lora, top_k_index=case.top_k_index).backward(grad)
+        kernel.moe_mlp(**arguments).backward(grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def small_step(kernel, seed: int):
+    """A step of a small layer as a function, with its own data."""
+    case = Case(600, 256, 160, 8, 3, 16, torch.bfloat16, frozen=BASE, seed=seed, home=torch.device("cuda"))
+    arguments, leaves = case.layer(kernel)
+    grad = case.grad.to(torch.bfloat16)
+
+    def step() -> list[torch.Tensor]:
+        out = kernel.moe_mlp(**arguments)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    return step
+
+
+def test_two_streams(kernel):
+    """Steps on two streams at once give what each gives alone."""
+    steps = [small_step(kernel, seed) for seed in (1, 2)]
+    alone = [step() for step in steps]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in steps]
+    for _ in range(20):
+        together = []
+        for step, stream in zip(steps, streams, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(step())
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, sum(alone, []), sum(together, [])))
+
+
+def test_two_threads(kernel):
+    """Steps of two threads at once, first calls and so compilation included, give what each gives alone."""
+    replay = inner(kernel, "triton_kernels.replay")
+    launch = inner(kernel, "triton_kernels.launch")
+    steps = [small_step(kernel, seed) for seed in (1, 2)]
+    alone = [step() for step in steps]
+    replay._programs.clear()
+    launch._compiled.clear()
+
+    def run(step) -> list[list[torch.Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [step() for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, steps))
+    for want, results in zip(alone, together, strict=True):
+        assert all(all(map(torch.equal, want, got)) for got in results)
+
+
+def test_long_run(kernel):
+    """2000 steps of other lengths and routings: no memory and no kernels gathered, and the loss that PEFT has."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    E, H, k, r = 16, 256, 4, 8
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=128, num_experts=E, num_experts_per_tok=k)
+    config._experts_implementation = "grouped_mm"
+
+    stock = torch.nn.Module()
+    with torch.device("cuda"):
+        stock.experts = Qwen3MoeExperts(config).to(torch.bfloat16)
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
+    teacher = copy.deepcopy(stock)  # away from the student by what an adapter of rank r can learn
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            A, B = torch.randn(E, r, weight.shape[2]), torch.randn(E, weight.shape[1], r)
+            weight += (B @ A * (r * weight.shape[2]) ** -0.5).to(weight)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=names), stock)
+    ours = copy.deepcopy(stock)
+    kernel.kernelize(ours)
+    optimizers = {
+        module: torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
+        for module in (stock, ours)
+    }
+    losses: dict[torch.nn.Module, list[torch.Tensor]] = {stock: [], ours: []}
+    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    marks = []
+    lengths = torch.randint(1, 700, (2000,)).tolist()
+    for step, T in enumerate(lengths):
+        if step in (1000, 1999):
+            torch.cuda.synchronize()
+            marks.append((torch.cuda.memory_allocated(), len(compiled)))
+        x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+        weights, index = torch.rand(T, E, device="cuda").topk(k)
+        weights = (weights / weights.sum(1, keepdim=True)).to(torch.bfloat16)
+        with torch.no_grad():
+            want = teacher.experts(x, index, weights)
+        for module, optimizer in optimizers.items():
+            loss = (module.experts(x, index, weights) - want).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[module].append(loss.detach())
+    (memory, kernels), (memory_at_end, kernels_at_end) = marks
+    assert kernels_at_end == kernels
+    # Losses are kept, 512 bytes each of two.
+    assert memory_at_end - memory < 2 * 1000 * 512 + 2**20
+    first = torch.stack(losses[ours][:50]).mean().item()
+    last, last_of_peft = (torch.stack(losses[module][-200:]).mean().item() for module in (ours, stock))
+    assert last < 0.8 * first
+    assert abs(last - last_of_peft) < 0.01 * last_of_peft

@@ -232,8 +232,10 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     if program is not None:
         return program.run(tensors, pointers, index)
     recorder, outputs = _record(body, tensors, options)
-    if recorder.missing:
-        compile_missing(recorder.missing, first.device)
+    missing = recorder.missing
+    if missing:
+        del recorder, outputs  # what it allocated, and never wrote
+        compile_missing(missing, first.device)
         recorder, outputs = _record(body, tensors, options)
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
