@@ -369,8 +369,8 @@ def test_experts_implementation(kernel, ran):
         assert ran.ops == {"moe_mlp_forward": 2, "moe_mlp_backward": 2}
 
 
-def test_hooks_on_the_experts_still_run(kernel):
-    """A user's hook on the experts (or accelerate's offloading) is not bypassed by the fused wrapper."""
+def test_hooks_on_the_experts_still_run(kernel, ran):
+    """A user's hook on the experts (accelerate's offloading, FSDP's) is not bypassed by the fused wrapper."""
     ids = tokens()
     model = wrap(tiny_model("mixtral"), "mixtral")
     want = loss_and_grads(copy.deepcopy(model), ids)
@@ -378,6 +378,39 @@ def test_hooks_on_the_experts_still_run(kernel):
     seen = []
     for layer in model.base_model.model.model.layers:
         layer.mlp.experts.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert len(seen) == 2
+    assert ran.ops == {"moe_mlp_forward": 2, "moe_mlp_backward": 2} and ran.merges == 0
+
+
+def test_hooks_with_another_experts_implementation(kernel, ran):
+    """A hooked module that would not end in our forward gets PEFT's own, with the adapter."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    kernel.kernelize(model)
+    model.base_model.model.set_experts_implementation("eager")
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.experts.get_base_layer().register_forward_pre_hook(lambda *_: None)
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert not ran.ops and ran.merges > 0
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+def test_hooks_below_a_switched_block(mapped, with_peft):
+    """`HFScatterMoEGatedMLP` calls experts that have hooks."""
+    ids = tokens()
+    model = tiny_model("mixtral")
+    if with_peft:
+        model = wrap(model, "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    layers = (model.base_model.model if with_peft else model).model.layers
+    mapped(model, {type(layers[-1].mlp): "HFScatterMoEGatedMLP"})
+    seen = []
+    for layer in layers:
+        layer.mlp.experts.register_forward_hook(lambda *_: seen.append(1))
     check_same(loss_and_grads(model, ids), want)
     assert len(seen) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,12 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
 
 
+def runs_experts_forward(experts: Any) -> bool:
+    """Whether a call of an experts module ends in `experts_forward`, by its config's experts implementation."""
+    moe = sys.modules.get("transformers.integrations.moe")
+    return moe is not None and moe.ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation) is experts_forward
+
+
 def unsupported(experts: Any) -> str | None:
     """Why an experts module can't take the fused path, or None if it can."""
     for name in (up_name(experts), "down_proj"):
@@ -85,8 +92,16 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     return experts._apply_gate
 
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    self: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    loras: Mapping[str, ExpertLoRA] | None = None,
+) -> Tensor:
     """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
+
+    ``loras`` are those of a fused wrapper that must call the module, as its hooks or its own forward do something.
 
     Under PEFT's own forward, which merges LoRA into the weights by a parametrization, the factors are taken from the
     parametrization: no merged weight is used (torch makes each once, when PEFT registers it; `kernelize` avoids that).
@@ -95,7 +110,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     if unsupported(self):
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
-    return fused_experts(self, hidden_states, top_k_index, top_k_weights, {})
+    return fused_experts(self, hidden_states, top_k_index, top_k_weights, loras or {})
 
 
 def fused_experts(

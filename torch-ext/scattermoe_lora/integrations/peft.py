@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import ExpertLoRA
-from .experts import fused_experts, is_experts, unsupported, up_name
+from .experts import fused_experts, is_experts, runs_experts_forward, unsupported, up_name
 
 
 def is_param_wrapper(module: object) -> bool:
@@ -31,17 +32,46 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     """`ParamWrapper.forward` with the same result. Where it can't be fused, it is PEFT's own forward that runs."""
     wrappers, experts = unwrap(self)
     loras = None
-    if len(args) == 2 and not kwargs and not _has_hooks([*wrappers[1:], experts]):
+    if len(args) == 2 and not kwargs and not has_hooks(wrappers[1:]):
         loras = _loras(wrappers, experts)
+    if loras is not None and (has_hooks([experts]) or experts._is_expert_parallel):
+        if runs_experts_forward(experts):
+            return experts(x, *args, loras={name: _of_own_experts(loras[name], experts, name) for name in loras})
+        loras = None
     if loras is None:
         return type(self).forward(self, x, *args, **kwargs)
     top_k_index, top_k_weights = args
     return fused_experts(experts, x, top_k_index, top_k_weights, loras)
 
 
-def _has_hooks(modules: list[nn.Module]) -> bool:
-    """Forward hooks (accelerate's offloading among them) run only if the module itself is called."""
+def has_hooks(modules: list[nn.Module]) -> bool:
+    """Forward hooks (FSDP's unsharding, accelerate's offloading) run only if the module itself is called."""
     return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
+
+
+def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
+    """Under transformers' expert parallelism: the factors of this rank's experts.
+
+    Every rank holds all adapters and computes the gradients of its own experts'; backward gathers those of the others.
+    """
+    if not experts._is_expert_parallel:
+        return lora
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    weight = getattr(experts, name)
+    sends_tokens = all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(experts.forward).parameters.values())
+    if sends_tokens or not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
+        raise NotImplementedError(
+            f"scattermoe-lora: LoRA on {name} works under expert parallelism where every rank has every token (the "
+            "styles ep_router and moe_tp_experts of transformers' ep_plan), not where tokens are sent to the experts"
+        )
+    A, B = (
+        DTensor.from_local(factor, weight.device_mesh, [Replicate()], run_check=False)
+        .redistribute(placements=weight.placements)
+        .to_local()
+        for factor in (lora.A, lora.B)
+    )
+    return ExpertLoRA(A, B, lora.scaling)
 
 
 def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.experts import experts_forward, is_experts
-from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_forward, unwrap
+from ..integrations.peft import active_lora, has_hooks, is_param_wrapper, param_wrapper_forward, unwrap
 from ..moe_mlp import moe_mlp
 from ..types import ExpertLoRA
 
@@ -137,6 +137,8 @@ def _block(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if has_hooks([experts]):
+        return experts(hidden_states, top_k_index, top_k_weights)
     if is_param_wrapper(experts):
         return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
     if is_experts(experts):
