@@ -1,0 +1,110 @@
+"""Two processes, gloo, the CPU backend: DDP, accelerate, FSDP2, expert parallelism, ZeRO-3 give one process's numbers.
+
+The processes run `distributed_worker`, once for all the scenarios of a launch: starting them is most of the time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from filelock import FileLock
+
+ENGINES = ["ddp", "accelerate"]
+SHARDED = ["fsdp layers", "fsdp layers bf16", "fsdp layers checkpointed", "fsdp wrapper", "fsdp experts"]
+EXPERT_PARALLEL = ["ep masks", "ep masks lora", "ep dispatch"]
+BOUND = 1e-5
+
+
+def launch(folder: Path, names: list[str], **environment: str) -> dict[str, dict[str, Any]]:
+    """What two processes wrote of some scenarios; launched once, though every xdist worker asks."""
+    out = folder / "results.json"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            folder.mkdir()
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            worker = ROOT / "tests" / "distributed_worker.py"
+            done = subprocess.run(
+                [*torchrun, str(worker), str(out), *names],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            (folder / "log").write_text(done.stdout + done.stderr)
+    assert out.is_file(), (folder / "log").read_text()[-8000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that xdist's workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def results(shared: Path) -> dict[str, dict[str, Any]]:
+    return launch(shared / "engines", [*ENGINES, *SHARDED, *EXPERT_PARALLEL])
+
+
+def check_errors(result: dict[str, Any], losses: int, grads: int) -> None:
+    """As many losses and gradients as there must be, all of them those of one process."""
+    errors = {name: value for name, value in result.items() if name.startswith(("loss ", "d "))}
+    assert sum(name.startswith("loss") for name in errors) == losses
+    assert sum(name.startswith("d ") for name in errors) == grads
+    bad = {name: error for name, error in errors.items() if not error <= BOUND}
+    assert not bad, bad
+    assert result["fused products"] > 0 and result["merges"] == 0
+
+
+@pytest.mark.parametrize("name", [*ENGINES, *SHARDED])
+def test_same_as_one_process(results, name):
+    """Two steps: both losses and every adapter's gradients, of two layers with two factors of two projections."""
+    check_errors(results[name], losses=2, grads=2 * 2 * 4)
+    assert results[name].get("is DDP", True)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_whole_weights_are_not_kept(results, name):
+    """What FSDP2 gathered for a layer is freed when the layer has run, forward and backward: nobody holds a copy."""
+    result = results[name]
+    assert result["weights saved"] == (0 if "checkpointed" in name else 4), "both stacks of both layers, by reference"
+    assert result["bytes after forward"] == result["bytes after backward"] == 0
+
+
+def test_expert_parallel(results):
+    """Every parameter trains: 25 of them, each layer's experts on two ranks, the other rank's ids sentinels."""
+    check_errors(results["ep masks"], losses=2, grads=2 * 25)
+    assert results["ep masks"]["experts of a rank"] == 4 and results["ep masks"]["sentinels seen"]
+
+
+def test_expert_parallel_with_lora(results):
+    """Every rank has all adapters, uses those of its own experts, and gets the gradients of all."""
+    check_errors(results["ep masks lora"], losses=2, grads=2 * 2 * 4)
+    assert results["ep masks lora"]["experts of a rank"] == 4 and results["ep masks lora"]["sentinels seen"]
+
+
+def test_token_dispatch(results):
+    """Tokens sent to their experts' ranks: transformers' own gradients; LoRA on the experts is refused in words."""
+    check_errors(results["ep dispatch"], losses=3, grads=2 * 25)
+    refused = results["ep dispatch"]["refused"]
+    assert len(refused) == 2 and all("LoRA on" in words and "ep_plan" in words for words in refused), refused
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: no wheel, see docs/scaling.md"
+)
+def test_zero3(shared):
+    """DeepSpeed ZeRO-3, the weights sharded between steps."""
+    result = launch(shared / "zero3", ["zero3"], DS_ACCELERATOR="cpu")["zero3"]
+    check_errors(result, losses=1, grads=2 * 4)
+    assert result["elements here between steps"] == 0
