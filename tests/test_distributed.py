@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from filelock import FileLock
 
@@ -108,3 +109,29 @@ def test_zero3(shared):
     result = launch(shared / "zero3", ["zero3"], DS_ACCELERATOR="cpu")["zero3"]
     check_errors(result, losses=1, grads=2 * 4)
     assert result["elements here between steps"] == 0
+
+
+def test_scaling_script(tmp_path):
+    """`scripts/scaling.py` launches its processes and writes a row for each engine."""
+    script = [sys.executable, str(ROOT / "scripts" / "scaling.py")]
+    size = ["--size", "tiny", "--batch", "2", "--length", "16", "--steps", "2", "--processes", "2"]
+    out = tmp_path / "rows.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*script, "--device", "cpu", *size, "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert [(row["engine"], row["processes"], row["tokens of a process"]) for row in rows] == [
+        ("ddp", 2, 32),
+        ("fsdp2", 2, 32),
+    ]
+    assert all(row["step ms"] > 0 and row["wire MB"] > 0 for row in rows)
+    assert rows[1]["wire MB"] > rows[0]["wire MB"], "FSDP2 sends weights, DDP the adapters' gradients alone"
+    assert "| fsdp2 | 2 |" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_scaling_script_skips_loudly():
+    script = [sys.executable, str(ROOT / "scripts" / "scaling.py")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0 and "SKIPPED: this machine has no GPU" in done.stdout
