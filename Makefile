@@ -3,6 +3,7 @@
 # make check      compare build/ with its digests and with this tree, and the version with the changelog, card and tag
 # make lint       ruff, mypy, and zizmor for the workflows
 # make test       everything that needs no GPU: lint, build, tests
+# make properties thousands of random layers, new ones each time; `make test` draws a few hundred, always the same
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
 # make finetune   the fine-tuning example, on the kernel just built
 # make publish    build/ to the Hub; PUBLISH_ARGS=--dry-run only tells what it would do (docs/releasing.md)
@@ -28,7 +29,7 @@ endif
 # `kernels` takes the folder that holds build/, not build/ itself.
 LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
 
-.PHONY: venv build check lint test test-gpu finetune publish clean
+.PHONY: venv build check lint test properties test-gpu finetune publish clean
 
 venv: $(STAMP)
 
@@ -60,6 +61,10 @@ test: lint build
 	$(PYTHON_RUN) scripts/version.py
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests -n 2
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests --device interpreter -n 2
+
+properties: build
+	$(LOCAL) $(PYTHON_RUN) -m pytest tests/test_properties.py --hypothesis-profile many -n 2
+	$(LOCAL) $(PYTHON_RUN) -m pytest tests/test_properties.py --hypothesis-profile many --device interpreter -n 2
 
 test-gpu: $(READY)
 	@gpu=$$($(PYTHON_RUN) -c 'import torch; print(torch.accelerator.is_available())') || exit 1; \

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 import torch
 
@@ -29,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    slow = config.getoption("--device") == "interpreter"
+    common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+    hypothesis.settings.register_profile("few", max_examples=25 if slow else 200, derandomize=True, **common)
+    hypothesis.settings.register_profile("many", max_examples=300 if slow else 3000, **common)
+    hypothesis.settings.load_profile(config.getoption("--hypothesis-profile") or "few")
     torch.set_num_threads(1)  # the products are tiny, and threads would contend with xdist's workers
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
     if not (ROOT / "build").is_dir() and os.environ["LOCAL_KERNELS"] == f"{REPO_ID}={ROOT}":

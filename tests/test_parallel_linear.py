@@ -33,10 +33,11 @@ class Linear:
     sentinels: bool = False
     adapter_dtype: torch.dtype | None = None
     frozen: tuple[str, ...] = ()
+    seed: int = 7
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
             return (torch.randn(*shape, generator=generator) * scale).to(dtype).double()
@@ -60,14 +61,15 @@ class Linear:
         self.order = torch.sort(self.ids.reshape(-1), stable=True).indices
         self.grad = normal(self.T if "gates" in self.layout else S, self.N)
 
-    def run(self, kernel, device) -> dict[str, Tensor]:
-        """Output and gradients of the kernel."""
+    def run(self, kernel, device, view=lambda name, leaf: leaf) -> dict[str, Tensor]:
+        """Output and gradients of the kernel, which is given ``view(name, leaf)`` of each tensor."""
         leaves = {}
         for name, tensor in self.tensors.items():
             dtype = (self.adapter_dtype or self.dtype) if name.startswith("lora") else self.dtype
             leaves[name] = tensor.to(device, dtype, copy=True).requires_grad_(name not in self.frozen)
         grouped_in, grouped_out = "grouped_in" in self.layout, "grouped_out" in self.layout
-        arguments = {**leaves, "k": 1 if grouped_in else self.k, "grouped_in": grouped_in, "grouped_out": grouped_out}
+        arguments = {name: view(name, leaf) for name, leaf in leaves.items()}
+        arguments |= {"k": 1 if grouped_in else self.k, "grouped_in": grouped_in, "grouped_out": grouped_out}
         names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
         routing = kernel.flatten_sort_count(self.ids.to(device), self.E)
         arguments.update(zip(names, routing, strict=True))
