@@ -192,6 +192,13 @@ def test_different_devices(calls, fail, call, name):
     _assert_says(message, name, "meta", "cpu")
 
 
+@pytest.mark.parametrize("call, name", [pair for pair in EACH_TENSOR if pair[0] in ("moe_mlp", "parallel_linear")])
+def test_not_dense(calls, fail, call, name):
+    tensor = calls[call][1][name]
+    _assert_says(fail(call, {name: tensor.to_sparse()}, TypeError), name, "dense", "torch.sparse_coo")
+    _assert_says(fail(call, {name: torch.nested.nested_tensor([tensor])}, TypeError), name, "dense", "nested")
+
+
 # What is wrong in its own way: (call, argument, its value made from the right one or from all, error, words).
 
 WRONG = [
@@ -212,6 +219,11 @@ WRONG = [
     ("moe_mlp", "top_k_weights", lambda x: x.long(), TypeError, "torch.float32", "torch.int64"),
     ("moe_mlp", "gate_up_proj_bias", lambda x: x[:, 1:], ValueError, "[E, 2I]", str((E, 2 * I - 1))),
     ("moe_mlp", "down_proj_bias", lambda x: x[:, 1:], ValueError, "[E, H]", str((E, H - 1))),
+    *(
+        ("moe_mlp", name, lambda _, value=value: value, TypeError, "bool", repr(value))
+        for name in ("is_transposed", "is_concatenated", "has_gate", "expert_parallel")
+        for value in ("no", None, 1)
+    ),
     ("moe_mlp", "down_proj_bias", lambda x: x[1:], ValueError, "[E, H]", "E = 5", str((E - 1, H))),
     ("moe_mlp", "gate_up_lora", lambda x: (x.A, x.B), TypeError, "ExpertLoRA", "tuple"),
     ("moe_mlp", "gate_up_lora", lambda x: type(x)(x.A[1:], x.B[1:]), ValueError, "E = 5", str((E - 1, r, H))),
@@ -247,6 +259,11 @@ WRONG = [
     ("parallel_linear_lora", "lora_B", lambda x: x[:, :-E], ValueError, "lora_A", "E * r", str((I, E * r - E))),
     ("parallel_linear_lora", "scaling", lambda _: None, TypeError, "float", "None"),
     ("parallel_linear_lora", "scaling", lambda _: "0.5", TypeError, "float", "'0.5'"),
+    ("parallel_linear", "sorted_scattered_idxs", lambda x: x + 1, ValueError, "[0, S = 12)", "from 1 to 12"),
+    ("parallel_linear", "sorted_scattered_idxs", lambda x: x - 1, ValueError, "[0, S = 12)", "from -1 to 10"),
+    ("parallel_linear", "expert_offsets", lambda x: x + 1, ValueError, "S = 12", "13]"),
+    ("parallel_linear", "expert_offsets", lambda x: x - 12, ValueError, "S = 12", "[-"),
+    ("parallel_linear", "expert_offsets", lambda x: x.flip(0), ValueError, "grow", "[12,"),
     # flatten_sort_count
     ("flatten_sort_count", "expert_idxs", lambda x: x.float(), TypeError, "int32 or int64", "torch.float32"),
     ("flatten_sort_count", "num_experts", lambda _: 0, ValueError, "at least 1", "0"),

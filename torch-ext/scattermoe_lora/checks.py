@@ -38,6 +38,9 @@ class Arguments:
         if value.dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{self.function}: {name} must be {wanted}, got {value.dtype}")
+        if value.layout != torch.strided or value.is_nested:
+            got = "a nested tensor" if value.is_nested else value.layout
+            raise TypeError(f"{self.function}: {name} must be a dense tensor, got {got}")
         if value.device.type != "cpu" and value.dtype == torch.float64:
             raise TypeError(
                 f"{self.function}: {name} is float64, which only the CPU backend computes; got {value.device}"
@@ -56,6 +59,11 @@ class Arguments:
                     name, f"{spelled} with {symbol} = {known} as in {source}", f"shape {tuple(value.shape)}"
                 )
         return value
+
+    def flag(self, name: str, value: object) -> None:
+        """Checks a bool: anything else, the string "no" among them, may count as the wrong one."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.function}: {name} must be a bool, got {value!r}")
 
     def lora(self, name: str, lora: object, in_symbol: str, out_symbol: str) -> None:
         """Checks an optional `ExpertLoRA` against the projection it updates."""
@@ -107,3 +115,16 @@ class Arguments:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (high >= num_experts and not allow_sentinels):
             raise self.fail(name, f"in [0, E = {num_experts})", f"ids from {low} to {high}")
+
+    def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor) -> None:
+        """Checks that a routing stays within its slots, where it costs no device sync: on the CPU."""
+        if scattered_idxs.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        slots, previous = scattered_idxs.shape[0], 0
+        if slots and not 0 <= int(scattered_idxs.min()) <= int(scattered_idxs.max()) < slots:
+            got = f"from {int(scattered_idxs.min())} to {int(scattered_idxs.max())}"
+            raise self.fail("sorted_scattered_idxs", f"in [0, S = {slots})", got)
+        for offset in expert_offsets.tolist():
+            if not previous <= offset <= slots:
+                raise self.fail("expert_offsets", f"counts that grow from 0 to S = {slots}", expert_offsets.tolist())
+            previous = offset

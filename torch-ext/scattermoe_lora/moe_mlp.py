@@ -74,6 +74,10 @@ def moe_mlp(
         ValueError: shapes, devices or dtypes that do not go together; on the CPU also ids out of range.
     """
     args = Arguments("moe_mlp")
+    args.flag("is_transposed", is_transposed)
+    args.flag("is_concatenated", is_concatenated)
+    args.flag("has_gate", has_gate)
+    args.flag("expert_parallel", expert_parallel)
     args.tensor("hidden_states", hidden_states, ("T", "H"), FLOATS)
     up_shape = ("E", "H", "2I" if has_gate else "I") if is_transposed else ("E", "2I" if has_gate else "I", "H")
     args.tensor("gate_up_proj", gate_up_proj, up_shape, FLOATS)

@@ -186,6 +186,7 @@ def _check(
     if args.size("rows") * fan_out != args.size("S"):
         got = f"{args.size('rows')} rows for k = {k} and S = {args.size('S')}"
         raise args.fail("inputs", "[S, in] if grouped_in else [S / k, in]", got)
+    args.routing(sorted_scattered_idxs, expert_offsets)
 
 
 def _check_rest(args: Arguments, expert_biases: Tensor | None, gates: Tensor | None, grouped_out: bool) -> None:
