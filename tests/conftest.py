@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     slow = config.getoption("--device") == "interpreter"
     common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-    hypothesis.settings.register_profile("few", max_examples=25 if slow else 200, derandomize=True, **common)
+    hypothesis.settings.register_profile("few", max_examples=15 if slow else 200, derandomize=True, **common)
     hypothesis.settings.register_profile("many", max_examples=300 if slow else 3000, **common)
     hypothesis.settings.load_profile(config.getoption("--hypothesis-profile") or "few")
     torch.set_num_threads(1)  # the products are tiny, and threads would contend with xdist's workers

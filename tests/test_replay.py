@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import threading
 import types
 
 import pytest
 import torch
 from conftest import inner
 from numerics import BASE, Case, assert_close
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytestmark = pytest.mark.interpreter
 
@@ -159,3 +162,43 @@ def test_programs_are_bounded(kernel, replay, monkeypatch):
     for T in range(5, 10):
         Case(**(SIZES | {"T": T})).check(kernel, torch.device("cpu"))
         assert len(replay._programs) <= 4
+
+
+def test_another_thread_is_not_recorded(kernel, replay, monkeypatch):
+    """While one thread is in the middle of its recording another runs a whole step: each replays its own launches."""
+    first, other = Case(**SIZES), Case(**(SIZES | {"T": 9}))
+    launched = inner(kernel, "triton_kernels")
+    act, device, started = launched.act, torch.device("cpu"), []
+
+    def act_after_another_step(*arguments, **options):
+        if not started:  # the act of the first recording, not of the step that it starts
+            started.append(threading.get_ident())
+            thread = threading.Thread(target=lambda: kept.append(other.check(kernel, device)))
+            thread.start()
+            thread.join(120)
+        return act(*arguments, **options)
+
+    kept: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(launched, "act", act_after_another_step)
+    first.check(kernel, device)
+    assert len(kept) == 1 and len(replay._programs) == 4, "a forward and a backward of each, all complete"
+    for seed in (2, 3):
+        for sizes in (SIZES, SIZES | {"T": 9}):
+            Case(**(sizes | {"seed": seed})).check(kernel, device)
+    assert len(replay._programs) == 4
+
+
+def test_no_program_keeps_a_tensor(kernel, replay):
+    """What FSDP frees after a layer must be gone: recordings and replays hold addresses and shapes, no memory."""
+    case = Case(**SIZES, frozen=BASE)
+    for _ in range(2):
+        x = {name: t.float().requires_grad_(name not in BASE) for name, t in case.tensors.items()}
+        loras = {f"{p}_lora": kernel.ExpertLoRA(x.pop(f"{p}_A"), x.pop(f"{p}_B"), 2.0) for p in ("gate_up", "down")}
+        out = kernel.moe_mlp(**x, **loras, top_k_index=case.top_k_index)
+        held = [StorageWeakRef(t.untyped_storage()) for t in (*x.values(), out)]
+        out.sum().backward()
+        assert not any(reference.expired() for reference in held)
+        del x, loras, out
+        gc.collect()
+        assert all(reference.expired() for reference in held)
+    assert len(replay._programs) == 2
