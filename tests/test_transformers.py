@@ -103,6 +103,17 @@ def test_more_families(kernel, ran, family):
     assert ran.merges == 0
 
 
+def test_a_class_made_by_fsdp_keeps_its_gate(kernel):
+    """`fully_shard` gives a module a subclass of its class, named otherwise."""
+    model = tiny_model("gpt_oss")
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.__class__ = type(f"FSDP{type(experts).__name__}", (type(experts),), {})
+    report = kernel.kernelize(model)
+    assert {entry.activation for entry in report.switched} == {"clamped_glu(1.702, 7.0, 1.0)"}
+    assert {entry.experts_class for entry in report.switched} == {"FSDPGptOssExperts"}
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_full_fine_tuning(kernel, ran, family):
     """No PEFT: every parameter trains, experts and router among them, as in the untouched model."""

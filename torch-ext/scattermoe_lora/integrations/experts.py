@@ -83,9 +83,8 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
     if name and experts.is_concatenated and type(experts)._apply_gate.__name__ == "_default_apply_gate":
         return name
-    # Not its class alone: under a parametrization, as in PEFT's forward, that is one made from it.
-    names = [cls.__name__ for cls in type(experts).__mro__]
-    clamped = next((CLAMPED_GATES[name] for name in names if name in CLAMPED_GATES), None)
+    # Its class or one below: a parametrization, as in PEFT's forward, and FSDP2 each make a class of their own from it.
+    clamped = next((CLAMPED_GATES[c.__name__] for c in type(experts).__mro__ if c.__name__ in CLAMPED_GATES), None)
     if clamped is not None and name in (None, "silu"):
         alpha, limit, shift = clamped
         return clamped_glu(1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit), shift)
