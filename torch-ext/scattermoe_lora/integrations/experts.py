@@ -83,7 +83,7 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
     if name and experts.is_concatenated and type(experts)._apply_gate.__name__ == "_default_apply_gate":
         return name
-    # Its class or one below: a parametrization, as in PEFT's forward, and FSDP2 each make a class of their own from it.
+    # Its class or one below: a parametrization, as in PEFT's forward, and FSDP2 each make a class from it.
     clamped = next((CLAMPED_GATES[c.__name__] for c in type(experts).__mro__ if c.__name__ in CLAMPED_GATES), None)
     if clamped is not None and name in (None, "silu"):
         alpha, limit, shift = clamped
