@@ -27,11 +27,9 @@ CASES = {
 }
 
 
-def tensor_at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in memory that somebody else holds."""
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    memory = (ctypes.c_byte * (elements * dtype.itemsize)).from_address(pointer)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+def tensor_at(pointer: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in memory that somebody else holds, by its first element: kernels ask for no more of it."""
+    return torch.frombuffer((ctypes.c_byte * dtype.itemsize).from_address(pointer), dtype=dtype)
 
 
 @pytest.fixture
@@ -46,16 +44,16 @@ def replay(kernel, monkeypatch):
     class Binary:
         """What Triton's compiler would have returned: launched by addresses."""
 
-        function = packed_metadata = None
+        function = packed_metadata = src = metadata = None
 
         def __init__(self, function, arguments, options):
             self.function_, self.options = function, options
             self.operands = []
             for argument in arguments:
                 if isinstance(argument, TensorDescriptor):
-                    self.operands.append(("descriptor", argument.shape, argument.strides, argument.base.dtype))
+                    self.operands.append(("descriptor", argument.base.dtype))
                 elif isinstance(argument, torch.Tensor):
-                    self.operands.append(("tensor", argument.shape, argument.stride(), argument.dtype))
+                    self.operands.append(("tensor", argument.dtype))
                 elif argument is None:
                     self.operands.append(None)
 
@@ -66,9 +64,9 @@ def replay(kernel, monkeypatch):
                     assert argument is None
                     operands.append(None)
                 elif known[0] == "tensor":
-                    operands.append(tensor_at(argument, *known[1:]))
+                    operands.append(tensor_at(argument, known[1]))
                 else:
-                    tensor = tensor_at(argument.base.data_ptr(), *known[1:])
+                    tensor = tensor_at(argument.base.data_ptr(), known[1])
                     operands.append(TensorDescriptor(tensor, argument.shape, argument.strides, argument.block_shape))
             rest = arguments[len(operands) :]
             options = {name: self.options[name] for name in ("num_warps", "num_stages")}
@@ -77,7 +75,9 @@ def replay(kernel, monkeypatch):
     def warmup(self, *arguments, grid, **options):
         return Binary(self, arguments, options)
 
-    active = types.SimpleNamespace(get_current_stream=lambda index: 0, get_current_device=lambda: None)
+    active = types.SimpleNamespace(
+        get_current_stream=lambda index: 0, get_current_device=lambda: None, launcher_cls=lambda src, metadata: None
+    )
     for module in (launch, replay):
         monkeypatch.setattr(module, "driver", types.SimpleNamespace(active=active))
     monkeypatch.setattr(InterpretedFunction, "warmup", warmup)

@@ -235,7 +235,7 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     missing = recorder.missing
     if missing:
         del recorder, outputs  # what it allocated, and never wrote
-        compile_missing(missing, first.device)
+        compile_missing(missing)
         recorder, outputs = _record(body, tensors, options)
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
