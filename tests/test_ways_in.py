@@ -6,6 +6,7 @@ import copy
 import sys
 import types
 import warnings
+from collections import Counter
 
 import kernels
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, KernelConfig
 from transformers.integrations import hub_kernels
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral import modeling_mixtral
+from transformers.models.olmoe import modeling_olmoe
 from transformers.utils import kernel_config as transformers_kernel_config
 
 NAMES = [f"model.layers.{i}.mlp.experts" for i in range(2)]
@@ -205,12 +207,14 @@ def test_the_mapping_takes_peft_too(kernel, mappings, ran):
     assert not report.left, "our own forward holds nothing against us"
 
 
-def test_the_mapping(kernel, mappings):
+def test_the_mapping(kernel, mappings, monkeypatch):
+    monkeypatch.setattr(modeling_olmoe.OlmoeExperts, "kernel_layer_name", "Somebodys", raising=False)
     mapping = kernel.kernel_mapping()
     assert set(mapping) == set(kernel.layers.__all__) >= {"MegaBlocksMoeMLP", "HFScatterMoEGatedMLP"}
     assert all(set(devices) == {"cpu", "cuda", "rocm", "xpu"} for devices in mapping.values())
     assert modeling_mixtral.MixtralExperts.kernel_layer_name == "ScatterMoEExperts"
-    assert GptOssMLP.kernel_layer_name == "MegaBlocksMoeMLP", "a class that has a name keeps it"
+    assert GptOssMLP.kernel_layer_name == "MegaBlocksMoeMLP"
+    assert modeling_olmoe.OlmoeExperts.kernel_layer_name == "Somebodys", "a class that has a name keeps it"
     assert not hasattr(nn.Linear, "kernel_layer_name")
     with pytest.raises(ImportError, match="no_such_family"):
         kernel.kernel_mapping("no_such_family")
@@ -379,17 +383,41 @@ def test_use_kernels_holds_blocks_that_it_names(kernel, mappings):
 
 
 def test_hooks_of_accelerate_are_no_kernel(kernel, ran):
+    """They call the forward that they wrap, and still run, as PEFT's own forward between them then does."""
     ids = tokens()
     model = wrap(tiny_model("mixtral"), "mixtral")
     want = loss_and_grads(copy.deepcopy(model), ids)
+    calls = []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(type(module).__name__.removeprefix("Parametrized"))
+            return args, kwargs
+
     for module in list(model.modules()):
         if type(module).__name__ in ("MixtralSparseMoeBlock", "ParamWrapper", "MixtralExperts"):
-            add_hook_to_module(module, ModelHook())
+            add_hook_to_module(module, Hook())
     report = kernel.kernelize(model)
     assert len(report.switched) == 2 and not report.left
     with ran:
         check_same(loss_and_grads(model, ids), want)
     assert ran.ops["moe_mlp_forward"] == 2
+    assert Counter(calls) == {"MixtralSparseMoeBlock": 2, "ParamWrapper": 4, "MixtralExperts": 2}
+
+
+def test_what_kernels_falls_back_to_is_no_other(kernel, mappings, ran):
+    """Where `kernels` has nothing it puts the class's own forward on the instance, which holds nothing."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    kernel.kernel_mapping()
+    kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+    wrapper = model.base_model.model.model.layers[0].mlp.experts
+    assert wrapper.forward.__func__ is type(wrapper).forward
+    assert not kernel.kernelize(model).left
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert ran.ops["moe_mlp_forward"] == 2 and not ran.merges
 
 
 def test_a_compiled_forward_is_no_other(kernel):

@@ -179,7 +179,7 @@ def _looks_like_experts(module: nn.Module) -> bool:
 
 
 def _function(forward: Any) -> Any:
-    """The function under a forward: bound to a module, compiled, decorated."""
+    """The function under a forward: bound to a module, compiled, decorated, with accelerate's hooks around it."""
     forward = inspect.unwrap(getattr(forward, "__func__", forward))
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
@@ -195,8 +195,7 @@ def _held(modules: dict[str, Any], name: str, outer_name: str, uses_kernels: boo
         what = "it" if module is experts else type(module).__name__
         function = _function(module.__dict__.get("forward"))
         ours = getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
-        # accelerate's hooks call the forward that they wrap.
-        if ours or hasattr(module, "_hf_hook"):
+        if ours:
             continue
         if function is not None and function is not _function(type(module).forward):
             return f"{what} runs {function.__module__}.{function.__qualname__}, which stays; take it off first"
@@ -210,7 +209,7 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
     """Switches one experts module, its PEFT wrappers if it has any, and sees to wrappers that come later."""
     experts, outer = modules[name], modules[outer_name]
     experts.config._experts_implementation = {"": IMPLEMENTATION}  # of this config, not of those inside it
-    if _function(outer.__dict__.get("forward")) is _function(type(outer).forward):
+    if getattr(outer.__dict__.get("forward"), "__func__", None) is type(outer).forward:
         del outer.forward  # its class's own, put there by `kernels` where it has nothing better
     fuse_wrapper(outer)
     if outer_name:
