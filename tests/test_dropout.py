@@ -148,8 +148,7 @@ def test_torch_gives_the_seed(kernel, device):
     assert (first - second).norm() > 0.02 * first.norm()
 
 
-@every_device
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, pytest.param(False, marks=every_device)])
 def test_checkpoints_replay_the_mask(kernel, device, use_reentrant):
     case = Case(9, 20, 12, 4, 2, 4, dtype=torch.float32)
 
