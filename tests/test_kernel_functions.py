@@ -307,7 +307,11 @@ SIGNATURES = {
     "ParallelExperts.clear_lora": "self",
     "moe_mlp": "hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *, gate_up_lora=None,"
     " down_lora=None, gate_up_proj_bias=None, down_proj_bias=None, is_transposed=False, is_concatenated=True,"
-    " has_gate=True, activation='silu', expert_norm=None, expert_parallel=False",
+    " has_gate=True, activation='silu', expert_norm=None, expert_parallel=False, lora_dropout=0.0,"
+    " dropout_seed=None",
+    "kernelize": "model, *, lora_dropout=0.0",
+    "unkernelize": "model",
+    "kernel_mapping": "*model_types",
     "ExpertLoRA": "A, B, scaling=1.0",
     "ExpertLoRA.from_peft": "lora_A, lora_B, num_experts, scaling",
     "ExpertLoRA.from_expert_major": "lora_A, lora_B, num_experts, scaling",
@@ -333,6 +337,7 @@ def test_public_names(kernel):
         "ParallelExperts",
         "Report",
         "flatten_sort_count",
+        "kernel_mapping",
         "kernelize",
         "kernels",
         "layers",
@@ -341,5 +346,6 @@ def test_public_names(kernel):
         "parallel_linear_lora",
         "reference",
         "register",
+        "unkernelize",
     ]
     assert all(hasattr(kernel, name) for name in kernel.__all__)
