@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import inner
 from numerics import BASE, BOUNDS, Case, assert_close
 from test_transformers import check_same
@@ -309,18 +310,34 @@ def test_a_model_with_gradient_checkpointing(kernel, use_reentrant):
     assert grads.keys() == want.keys() and all(torch.equal(grads[name], want[name]) for name in want)
 
 
-def test_dropout_is_never_left_out_in_silence(kernel):
-    """Where PEFT's own forward runs (a hook inside the wrappers), one adapter is dropped, and several are an error."""
+@pytest.mark.parametrize("hooked", ["experts", "wrapper"])
+def test_dropout_is_never_left_out_in_silence(kernel, hooked):
+    """Hooks on the experts, or accelerate's on the wrapper, where PEFT's own forward runs: the same, or an error.
+
+    It is an error where PEFT merges several active adapters into a weight.
+    """
     ids = tokens()
+
+    def logits(adapters: list[str]) -> torch.Tensor:
+        model.base_model.set_adapter(adapters)
+        torch.manual_seed(9)
+        return loss_and_grads(model, ids)[0]
+
     model = wrap(tiny_model("mixtral"), "mixtral")
-    kernel.kernelize(model, lora_dropout=0.25)
-    torch.manual_seed(9)
-    want, _ = loss_and_grads(model, ids)
-    for layer in model.base_model.model.model.layers:
-        layer.mlp.experts.get_base_layer().register_forward_hook(lambda *_: None)
-    torch.manual_seed(9)
-    assert_close({"logits": (loss_and_grads(model, ids)[0], want)}, 1e-5)
+    torch.manual_seed(6)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(RuntimeError, match="lora_dropout can't be applied where PEFT merges several"):
-        model(input_ids=ids)
+    kernel.kernelize(model, lora_dropout=0.25)
+    one, two = logits(["default"]), logits(["default", "second"])
+    for layer in model.base_model.model.model.layers:
+        wrapper = layer.mlp.experts
+        if hooked == "experts":
+            wrapper.get_base_layer().register_forward_hook(lambda *_: None)
+        else:
+            del wrapper.forward
+            add_hook_to_module(wrapper, ModelHook())
+    assert_close({"one": (logits(["default"]), one)}, 1e-5)
+    if hooked == "experts":
+        assert_close({"two": (logits(["default", "second"]), two)}, 1e-5)
+    else:
+        with pytest.raises(RuntimeError, match="lora_dropout can't be applied where PEFT merges several"):
+            logits(["default", "second"])
