@@ -16,8 +16,6 @@ BLOCK = 128
 # Experts counted in one step: bounds the BLOCK x EXPERTS comparison likewise.
 EXPERTS = 128
 
-# Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16: that comes and goes with it.
-
 
 @triton.jit
 def _expert_ids(ids_ptr, slots, num_slots, num_experts):
@@ -25,6 +23,7 @@ def _expert_ids(ids_ptr, slots, num_slots, num_experts):
     return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
+# Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16: that comes and goes with it.
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _count_kernel(ids_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[e, block] = how many of the block's slots chose e; row num_experts counts the slots of no expert."""
