@@ -157,6 +157,12 @@ class _Tensors:
         out.backward(self.torch.empty_like(out))
 
 
+def _order(kernel: types.ModuleType, ids, num_experts: int):
+    """A routing in earnest, as indices on the CPU are checked; what the kernels would write is left as it was."""
+    kernel.flatten_sort_count(ids, num_experts)
+    return kernel.reference.route(ids.reshape(-1), num_experts)
+
+
 def _gated(kernel: types.ModuleType, case: Case, lora_dropout: float = 0.0) -> None:
     """Qwen3, Mixtral, GLM: weights of transformers, frozen; PEFT's float32 adapters; float32 routing weights."""
     t = _Tensors(kernel, case)
@@ -219,7 +225,7 @@ def _ungated(kernel: types.ModuleType, case: Case) -> None:
 def _linear(kernel: types.ModuleType, case: Case) -> None:
     """ScatterMoE's pair of linears: gathered to grouped rows, without LoRA; grouped rows to gated tokens, with it."""
     t = _Tensors(kernel, case)
-    order = kernel.flatten_sort_count(t.ids, NUM_EXPERTS)
+    order = _order(kernel, t.ids, NUM_EXPERTS)
     up, down = t(NUM_EXPERTS, HIDDEN, INTERMEDIATE), t(NUM_EXPERTS, INTERMEDIATE, HIDDEN, trains=False)
     lora = {"lora_A": t(NUM_EXPERTS * t.rank, INTERMEDIATE), "lora_B": t(HIDDEN, NUM_EXPERTS * t.rank)}
     gates = t(t.num_tokens, TOP_K)
@@ -233,7 +239,7 @@ def _crowd(kernel: types.ModuleType, case: Case) -> None:
     t = _Tensors(kernel, case)
     for num_experts in (8, 128, 256, 512):
         ids = t.torch.zeros(num_experts * case.rows, 1, dtype=t.torch.int64)
-        order = kernel.flatten_sort_count(ids, num_experts)
+        order = _order(kernel, ids, num_experts)
         x, weight = t(ids.shape[0], 64, trains=False), t(num_experts, 64, 64, trains=False)
         kernel.parallel_linear(x, weight, 1, *order)
 
