@@ -60,6 +60,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("sm_80", "cuda", 80, 32, 163 * 1024, "mma.sync"),
+        Family("sm_86", "cuda", 86, 32, 99 * 1024, "mma.sync"),
         Family("sm_89", "cuda", 89, 32, 99 * 1024, "mma.sync"),
         Family("sm_90", "cuda", 90, 32, 227 * 1024, "mma.sync", "wgmma.mma_async"),
         Family("sm_100", "cuda", 100, 32, 227 * 1024, "mma.sync", "tcgen05.mma"),

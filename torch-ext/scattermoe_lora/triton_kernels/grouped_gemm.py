@@ -223,9 +223,11 @@ def grouped_gemm(
     row_tile = tiles.block_m(num_slots, num_experts)
     tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]
-    # At rank 64, by 16 ranks a step, unrolled, or by 32 in a pipeline: the two products by A, whose columns are
-    # contiguous, took 1.40 and 1.65 ms of a Qwen3-30B-A3B step, those by B, whose ranks are, 1.30 and 1.21.
-    unroll_lora = expand is None or expand.stride(2) == 1
+    # At rank 64 on an H200, by 16 ranks a step, unrolled, or by 32 in a pipeline: the two products by A, whose columns
+    # are contiguous, took 1.40 and 1.65 ms of a Qwen3-30B-A3B step, those by B, whose ranks are, 1.30 and 1.21. On
+    # sm_80 four unrolled steps spilled 136 bytes a thread.
+    by_columns = expand is None or expand.stride(2) == 1
+    unroll_lora = by_columns and (rank <= 32 or gpu(x).architecture == "sm_90")
     block_r = min(16 if unroll_lora else 32, max(16, tiles.next_power_of_2(rank)))
     x_descriptor = _x_operand(x, x_fan_out, tile)
     w_operand, w_tma = _w_operand(weight, tile)
