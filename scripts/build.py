@@ -142,7 +142,7 @@ def shared_files(kernel: Kernel) -> dict[str, bytes]:
 def render_card(kernel: Kernel, repo_id: str | None = None) -> str:
     """Fill the template `CARD.md`, for the repository `repo_id` (default: that of `build.toml`).
 
-    Its variables are those that kernel-builder gives, and `version`.
+    Its variables are those that kernel-builder gives, and `version`, for which the template has a default.
     """
     _, names = _public_names(_parse(kernel, kernel.package / "__init__.py"))
     public, layers = names or [], None

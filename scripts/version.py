@@ -77,10 +77,14 @@ def version_problems(kernel: Kernel) -> list[str]:
 
     if (kernel.root / "CARD.md").is_file():
         told = set(re.findall(r"version[= ](\d+)", render_card(kernel)))
+        # kernel-builder gives its card no version: there the default is what a reader sees.
+        written = set(re.findall(r"{{ *(version\b.*?) *}}", (kernel.root / "CARD.md").read_text(encoding="utf-8")))
+        wanted = f"version | default({version})"
         if told != {str(version)}:
-            problems.append(
-                f"CARD.md: tells of version {', '.join(sorted(told)) or 'nothing'}; write {{{{ version }}}}"
-            )
+            told_of = ", ".join(sorted(told)) or "nothing"
+            problems.append(f"CARD.md: tells of version {told_of}; write {{{{ {wanted} }}}}")
+        elif written != {wanted}:
+            problems.append(f"CARD.md: has {', '.join(sorted(written))}; write {{{{ {wanted} }}}}")
     return problems
 
 

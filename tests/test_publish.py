@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub import Hub
 from test_build import MODULE, PACKAGE, git, write
+from test_version import set_version
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/scattermoe-lora"
@@ -44,7 +45,7 @@ def source(tmp_path):
         root.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     edit(root, "build.toml", '"cpu", "cuda", "rocm", "xpu"', '"cpu", "cuda"')
-    set_version(root, 1, CHANGELOG)
+    release(root, 1, CHANGELOG)
     for name, text in PACKAGE.items():
         write(root, name, text)
     for name in ("benchmark.py", "benchmark_more.py", "helper.py"):
@@ -68,15 +69,14 @@ def commit_and_build(root):
     build_script.build(root, root / "build")
 
 
-def set_version(root, version, changelog):
-    """Whatever version this repository is at, the tests publish versions 1 and 2."""
-    text = (root / "build.toml").read_text()
-    (root / "build.toml").write_text(re.sub(r"(?m)^version = \d+$", f"version = {version}", text))
+def release(root, version, changelog):
+    """The tests publish versions 1 and 2."""
+    set_version(root, version)
     (root / "CHANGELOG.md").write_text(changelog)
 
 
 def next_version(root):
-    set_version(root, 2, f"{CHANGELOG}\n## 1.0.0 - 2026-01-01\n")
+    release(root, 2, f"{CHANGELOG}\n## 1.0.0 - 2026-01-01\n")
     write(root, "tables/factor.json", "3\n")
     commit_and_build(root)
 
@@ -358,7 +358,7 @@ def test_what_takes_nothing_away_needs_no_version(source, hub, case):
 
 
 def test_version_0_promises_nothing(source, hub):
-    set_version(source, 0, CHANGELOG)
+    release(source, 0, CHANGELOG)
     commit_and_build(source)
     publish(source, hub)
     change_source(source, BREAKS["a name is gone"])
@@ -520,7 +520,7 @@ def real(tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     for name in ("build.toml", "CARD.md", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
-    set_version(root, 1, CHANGELOG)
+    release(root, 1, CHANGELOG)
     for name in ("torch-ext", "scripts", "benchmarks"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     git(root, "init")
@@ -546,7 +546,7 @@ def published(real, tmp_path_factory):
         assert done.stdout.endswith("files downloaded again, every digest verified\n")
         assert "Uploading to publish-v1: 100%" in done.stderr and "Fetching" in done.stderr
 
-        set_version(real, 2, "## 2.0.0 - 2026-02-01\n\n## 1.0.0 - 2026-01-01\n")
+        release(real, 2, "## 2.0.0 - 2026-02-01\n\n## 1.0.0 - 2026-01-01\n")
         commit_and_build(real)
         git(real, "tag", "v2.0.0")
         assert command(real, hub, home).returncode == 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import minijinja
 import pytest
 from test_build import PACKAGE, git, write
 
@@ -33,9 +34,17 @@ def source(tmp_path):
     return tmp_path
 
 
+def set_version(root, version):
+    """Whatever version this repository is at, in both places that name one."""
+    for name, pattern, text in (
+        ("build.toml", r"(?m)^version = \d+$", f"version = {version}"),
+        ("CARD.md", r"version \| default\(\d+\)", f"version | default({version})"),
+    ):
+        (root / name).write_text(re.sub(pattern, text, (root / name).read_text()))
+
+
 def problems(root, version=1, changelog=UNRELEASED, tags=()):
-    toml = (root / "build.toml").read_text()
-    (root / "build.toml").write_text(re.sub(r"(?m)^version = \d+$", f"version = {version}", toml))
+    set_version(root, version)
     (root / "CHANGELOG.md").write_text(f"# Changelog\n\n{changelog}")
     git(root, "init")
     git(root, "add", ".")
@@ -83,15 +92,41 @@ def test_disagree(source, case):
     assert any(expected in problem for problem in found), found
 
 
-def test_the_card_takes_its_version_from_build_toml(source):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("version=1", "CARD.md: tells of version 1, 2; write {{ version | default(2) }}"),
+        ("version={{ version }}", "CARD.md: has version, version | default(2); write"),
+        ("version={{ version | default(1) }}", "CARD.md: has version | default(1), version | default(2); write"),
+    ],
+)
+def test_the_card_takes_its_version_from_build_toml(source, change, expected):
     assert problems(source, 2, SECOND) == []
     kernel = build_script.read_kernel(source)
     card = build_script.render_card(kernel)
     assert 'get_kernel("org/scattermoe-lora", version=2,' in card and "--version 2" in card
     template = (source / "CARD.md").read_text()
-    (source / "CARD.md").write_text(template.replace("version={{version}}", "version=1"))
-    expected = "CARD.md: tells of version 1, 2; write {{ version }}"
-    assert version_script.version_problems(kernel) == [expected]
+    assert "version={{version | default(2)}}" in template
+    (source / "CARD.md").write_text(template.replace("version={{version | default(2)}}", change))
+    (found,) = version_script.version_problems(kernel)
+    assert found.startswith(expected)
+
+
+def test_kernel_builder_makes_the_same_card():
+    """Its engine (minijinja, lenient) with its variables, of which the version is none."""
+    kernel = build_script.read_kernel(ROOT)
+    card = build_script.render_card(kernel)
+    engine = minijinja.Environment(trim_blocks=True, keep_trailing_newline=True)
+    given = {
+        "repo_id": kernel.general["hub"]["repo-id"],
+        "functions": re.findall(r"(?m)^- `(\w+)`$", card.partition("## API")[2].partition("## Layers")[0]),
+        "layers": re.findall(r"(?m)^- `(\w+)`$", card.partition("## Layers")[2]),
+        "has_benchmark": True,
+        "upstream": None,
+        "license": "apache-2.0",
+    }
+    assert "kernelize" in given["functions"] and "ScatterMoEExperts" in given["layers"]
+    assert engine.render_str((ROOT / "CARD.md").read_text(), **given) == card
 
 
 def test_the_command_line(source):
