@@ -47,7 +47,12 @@ class Switched:
 
 @dataclass(frozen=True)
 class Report:
-    """What `kernelize` did: the modules it switched, and those it left with the reason."""
+    """What `kernelize` did: the modules it switched, and those it left with the reason.
+
+    Attributes:
+        switched: a `Switched` for each module on the fused path, in the model's order.
+        left: ``(path, reason)`` of each experts module that runs what it ran before.
+    """
 
     switched: tuple[Switched, ...]
     left: tuple[tuple[str, str], ...]
