@@ -5,6 +5,7 @@
 # make test       everything that needs no GPU: lint, build, tests
 # make properties thousands of random layers, new ones each time; `make test` draws a few hundred, always the same
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
+# make docs       docs/api.md, from the docstrings
 # make finetune   the fine-tuning example, on the kernel just built
 # make publish    build/ to the Hub; PUBLISH_ARGS=--dry-run only tells what it would do (docs/releasing.md)
 # make clean      remove what these made
@@ -29,7 +30,7 @@ endif
 # `kernels` takes the folder that holds build/, not build/ itself.
 LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
 
-.PHONY: venv build check lint test properties test-gpu finetune publish clean
+.PHONY: venv build check lint test properties test-gpu docs finetune publish clean
 
 venv: $(STAMP)
 
@@ -79,6 +80,9 @@ test-gpu: $(READY)
 		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m gpu; \
 		$(LOCAL) $(PYTHON_RUN) scripts/gpu_check.py; \
 	fi
+
+docs: $(READY)
+	$(PYTHON_RUN) scripts/api_docs.py
 
 finetune: build
 	$(LOCAL) $(PYTHON_RUN) scripts/finetune.py $(FINETUNE_ARGS)
