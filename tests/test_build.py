@@ -532,7 +532,7 @@ for name in kernel.__all__:
 
 
 def load(root, code="", blocked=()):
-    """Load the CPU variant with `kernels` in a process of its own, then run more code there."""
+    """Load the CPU variant with `kernels` in a process of its own, then run more code there; what it printed."""
     environment = os.environ | {"LOCAL_KERNELS": f"org/scattermoe-lora={root}", "HF_HUB_OFFLINE": "1"}
     for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
         environment.pop(name, None)
@@ -540,6 +540,7 @@ def load(root, code="", blocked=()):
         [sys.executable, "-c", LOAD + code, *blocked], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_small_kernel_loads_and_its_bytecode_is_no_change(kernel):
@@ -577,3 +578,92 @@ def test_the_real_kernel_builds_and_checks(real):
 @pytest.mark.parametrize("blocked", [[], ["triton", "transformers", "peft"]], ids=["all there", "torch alone"])
 def test_the_real_kernel_loads(real, blocked):
     load(real, blocked=blocked)
+
+
+TRAIN = """
+import importlib
+from types import SimpleNamespace
+
+torch.manual_seed(0)
+x, index, weights = torch.randn(5, 8, requires_grad=True), torch.rand(5, 4).topk(2).indices, torch.rand(5, 2)
+up, down = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+lora = kernel.ExpertLoRA(torch.randn(4, 2, 8, requires_grad=True), torch.randn(4, 12, 2), 0.5)
+options = {"gate_up_lora": lora, "lora_dropout": 0.5, "dropout_seed": torch.tensor([7])}
+out = kernel.moe_mlp(x, up, down, index, weights, **options)
+assert torch.allclose(out, kernel.reference.moe_mlp(x, up, down, index, weights, **options), atol=1e-5)
+out.sum().backward()
+assert x.grad.abs().sum() > 0 and lora.A.grad.abs().sum() > 0
+experts = kernel.ParallelExperts(4, 8, 6)
+experts(torch.randn(5, 8), 2, *kernel.flatten_sort_count(index, 4), gates=weights).sum().backward()
+assert experts.weight.grad.abs().sum() > 0
+
+backend = importlib.import_module(f"{kernel.__name__}.backend")
+try:
+    backend.of(SimpleNamespace(device=torch.device("cuda")))
+except RuntimeError as error:
+    print(error)
+try:
+    kernel.register()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton_it_trains_and_says_what_a_gpu_needs(real):
+    assert load(real, TRAIN, blocked=["triton", "transformers", "peft"]).splitlines() == [
+        "scattermoe-lora needs the package triton for tensors on cuda; install triton or use the CPU",
+        "scattermoe-lora: register needs transformers with experts implementations (5.0)",
+    ]
+
+
+KERNELIZE = """
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
+
+sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4))
+model = get_peft_model(model, LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
+print(len(kernel.kernelize(model).switched))
+ids = torch.arange(8)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+"""
+
+
+def test_without_triton_a_model_trains(real):
+    assert load(real, KERNELIZE, blocked=["triton"]) == "1\n"
+
+
+def test_without_a_variant_for_this_torch_the_loader_says_so(tmp_path):
+    build_script.build(ROOT, tmp_path / "build", ["cuda"])
+    with pytest.raises(AssertionError, match="Cannot find a build variant for this system in .*"):
+        load(tmp_path)
+
+
+# The tools of `kernels` on a built tree
+
+
+def kernels(*arguments):
+    command = [str(Path(sys.executable).with_name("kernels")), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_kernels_benchmark_runs_and_verifies(real, tmp_path):
+    """On a CPU in seconds: its result is the definition's, by the benchmark's own check."""
+    branch = tmp_path / "branch"  # as publishing lays it out
+    shutil.copytree(real / "build", branch / "build", ignore=shutil.ignore_patterns("benchmarks"))
+    shutil.copytree(real / "build" / "benchmarks", branch / "benchmarks")
+    told = kernels("benchmark", branch, "--iterations", "3", "--warmup", "1", "--output", tmp_path / "out.json")
+    (row,) = [line for line in told.stderr.splitlines() if "MoeMlpBenchmark" in line and "│" in line]
+    assert "moe_mlp" in row and "✓" in row
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert result["verified"] is True, result
+
+
+def test_kernels_info_of_a_built_tree(real, tmp_path):
+    shutil.copytree(real / "build", tmp_path / "build")
+    told = json.loads(kernels("info", tmp_path, "--json").stdout)
+    assert (told["name"], told["license"], told["backends"]) == ("scattermoe-lora", "apache-2.0", BACKENDS)
+    assert told["version"] == build_script.read_kernel(ROOT).general["version"]
