@@ -76,7 +76,7 @@ def version_problems(kernel: Kernel) -> list[str]:
             problems.append(f"tag {tag}: CHANGELOG.md begins with '## {titles[0]}'; begin it with '{wanted}'")
 
     if (kernel.root / "CARD.md").is_file():
-        told = set(re.findall(r"version[= ](\d+)", render_card(kernel)))
+        told = set(re.findall(r"(?:version=|revision v)(\d+)", render_card(kernel)))
         # kernel-builder gives its card no version: there the default is what a reader sees.
         written = set(re.findall(r"{{ *(version\b.*?) *}}", (kernel.root / "CARD.md").read_text(encoding="utf-8")))
         wanted = f"version | default({version})"

@@ -151,7 +151,7 @@ def test_the_card_and_the_benchmarks_stand_beside_the_variants(kernel):
     assert 'get_kernel("org/scattermoe-lora", version=1, trust_remote_code=True)' in card
     assert "## API\n\n- `double`\n\n" in card
     assert "## Layers\n\n- `Double`\n\n" in card
-    assert "kernels benchmark org/scattermoe-lora" in card
+    assert "hf download org/scattermoe-lora --repo-type kernel --revision v1 " in card
     assert "{" not in card and "\n\n\n" not in card
     assert (kernel / "build" / "benchmarks" / "benchmark.py").read_text() == "# a benchmark\n"
 

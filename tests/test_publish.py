@@ -191,7 +191,7 @@ def test_what_else_stands_in_benchmarks_stays_but_nothing_of_main(source, hub):
 def test_the_card_is_of_the_newest_version_and_of_the_repository(source, hub):
     publish(source, hub, repo_id="someone/else")
     told = hub.repositories["someone/else"].files("main")["README.md"].decode()
-    assert 'get_kernel("someone/else", version=1' in told and "kernels benchmark someone/else --version 1" in told
+    assert 'get_kernel("someone/else", version=1' in told and "hf download someone/else " in told
 
     publish(source, hub)
     old = git(source, "rev-parse", "HEAD")
@@ -680,6 +680,19 @@ def test_the_card_works_as_pasted(published, tmp_path):
     stub = "kernelize = lambda model: 'kernelized ' + model"
     code = code.replace("report =", f"kernel.{stub}\nmodel = 'it'\nreport =")
     assert python(published, tmp_path, code) == "kernelized it\n"
+
+
+def test_the_benchmark_on_the_card_works_as_pasted(published, tmp_path):
+    """By a download: `kernels benchmark REPOSITORY` asks for a model, and passes no trust_remote_code."""
+    (code,) = re.findall("```bash\n(.*?)```", card(published), re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    there = f"set -e; cd {tmp_path}\n{code.rstrip()} --iterations 2 --warmup 1"
+    told = run(published, tmp_path / "home", "bash", "-c", there, PATH=path)
+    assert told.returncode == 0, told.stderr
+    (row,) = [line for line in told.stderr.splitlines() if "MoeMlpBenchmark" in line and "│" in line]
+    assert "✓" in row
+    direct = run(published, tmp_path / "home", "kernels", "benchmark", REPO, "--version", "2", PATH=path)
+    assert "/api/models/" in direct.stderr, "kernels can do it now: the card may say so"
 
 
 def test_an_untrusted_publisher_needs_the_flag(published, tmp_path):

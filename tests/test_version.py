@@ -104,7 +104,7 @@ def test_the_card_takes_its_version_from_build_toml(source, change, expected):
     assert problems(source, 2, SECOND) == []
     kernel = build_script.read_kernel(source)
     card = build_script.render_card(kernel)
-    assert 'get_kernel("org/scattermoe-lora", version=2,' in card and "--version 2" in card
+    assert 'get_kernel("org/scattermoe-lora", version=2,' in card and "--revision v2 " in card
     template = (source / "CARD.md").read_text()
     assert "version={{version | default(2)}}" in template
     (source / "CARD.md").write_text(template.replace("version={{version | default(2)}}", change))
