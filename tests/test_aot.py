@@ -14,6 +14,7 @@ LARGEST = Case("gated", 128, "bfloat16", 16)
 CASES = [
     *((family, LARGEST) for family in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
     ("sm_80", Case("linear", 32, "float16", 64)),
+    ("sm_86", Case("linear", 64, "bfloat16", 16)),
     ("sm_89", Case("linear", 16, "float16", 64)),
     ("sm_90", Case("gated", 128, "bfloat16", 64)),
     ("sm_90", Case("transposed", 64, "float16", 64)),

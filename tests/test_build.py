@@ -616,6 +616,28 @@ def test_without_triton_it_trains_and_says_what_a_gpu_needs(real):
     ]
 
 
+OLD_TRITON = """
+import importlib
+from types import SimpleNamespace
+
+import triton
+
+triton.__version__ = "3.5.1"
+backend = importlib.import_module(f"{kernel.__name__}.backend")
+try:
+    backend.of(SimpleNamespace(device=torch.device("cuda")))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_an_old_triton_is_named(real):
+    assert load(real, OLD_TRITON) == (
+        "scattermoe-lora needs triton 3.6 or newer for tensors on cuda, and this is 3.5.1; "
+        "install a newer torch, which brings its own, or use the CPU\n"
+    )
+
+
 KERNELIZE = """
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM

@@ -430,7 +430,7 @@ def test_a_compiled_forward_is_no_other(kernel):
 # Versions
 
 
-@pytest.mark.parametrize("package", ["transformers", "peft", "kernels"])
+@pytest.mark.parametrize("package", ["torch", "triton", "transformers", "peft", "kernels"])
 def test_untested_versions_warn_once(kernel, monkeypatch, package):
     versions = inner(kernel, "integrations.versions")
     model = tiny_model("mixtral")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -10,19 +11,31 @@ from torch import Tensor
 from . import reference, tiles
 from .types import Routing
 
+# The launchers use what came with it: AsyncCompileMode, and descriptors made on the host.
+OLDEST_TRITON = "3.6"
+
 
 def of(tensor: Tensor) -> ModuleType:
-    """The module of a device: ``route``, ``schedule``, ``shrink``, ``grouped_gemm*``, ``gram`` and ``combine``."""
-    if tensor.device.type == "cpu":
-        return reference
+    """The module of a device: ``route``, ``schedule``, ``shrink``, ``grouped_gemm``, ``gram``, ``combine``, ..."""
+    return reference if tensor.device.type == "cpu" else _triton_kernels(tensor.device.type)
+
+
+@functools.cache
+def _triton_kernels(device_type: str) -> ModuleType:
     try:
-        from . import triton_kernels
+        import triton
     except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
         raise RuntimeError(
-            f"scattermoe-lora needs the package triton for tensors on {tensor.device}; install triton or use the CPU"
+            f"scattermoe-lora needs the package triton for tensors on {device_type}; install triton or use the CPU"
         ) from error
+    major, minor = triton.__version__.split(".")[:2]
+    if (int(major), int(minor)) < tuple(map(int, OLDEST_TRITON.split("."))):
+        raise RuntimeError(
+            f"scattermoe-lora needs triton {OLDEST_TRITON} or newer for tensors on {device_type}, and this is "
+            f"{triton.__version__}; install a newer torch, which brings its own, or use the CPU"
+        )
+    from . import triton_kernels
+
     return triton_kernels
 
 

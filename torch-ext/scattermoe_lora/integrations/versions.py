@@ -1,4 +1,4 @@
-"""Which versions of transformers, PEFT and `kernels` the tests ran with, and one warning where others are loaded."""
+"""Which versions of the packages it works with the tests ran with, and one warning where others are loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import functools
 import sys
 import warnings
 
-# By minor version. Add one when `make test` has passed with it.
-TESTED = {"transformers": ("5.22",), "peft": ("0.21",), "kernels": ("0.17",)}
+# By minor version. Add one when `make test`, or `make test-gpu`, has passed with it.
+TESTED = {
+    "torch": ("2.11", "2.13"),
+    "triton": ("3.6", "3.9"),
+    "transformers": ("5.22",),
+    "peft": ("0.21",),
+    "kernels": ("0.17",),
+}
 
 
 def warn_of_untested() -> None:
@@ -23,7 +29,7 @@ def _warn(package: str, version: str) -> None:
     tested = TESTED[package]
     if ".".join(version.split(".")[:2]) not in tested:
         warnings.warn(
-            f"scattermoe-lora was tested with {package} {' and '.join(tested)}, and this is {version}, whose classes "
-            "may differ: compare a step with the untouched model before you rely on it",
+            f"scattermoe-lora was tested with {package} {' and '.join(tested)}, and this is {version}, which may "
+            "differ: compare a step with the untouched model before you rely on it",
             stacklevel=4,
         )
