@@ -4,6 +4,7 @@
 # make lint       ruff, mypy, and zizmor for the workflows
 # make test       everything that needs no GPU: lint, build, tests
 # make properties thousands of random layers, new ones each time; `make test` draws a few hundred, always the same
+# make aot        every kernel and tile for every GPU family, with the oldest and the newest Triton: docs/gpus.md
 # make test-gpu   the tests and the script that need a GPU; skipped, loudly, where there is none
 # make docs       docs/api.md, from the docstrings
 # make finetune   the fine-tuning example, on the kernel just built
@@ -30,7 +31,7 @@ endif
 # `kernels` takes the folder that holds build/, not build/ itself.
 LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
 
-.PHONY: venv build check lint test properties test-gpu docs finetune publish clean
+.PHONY: venv build check lint test properties aot test-gpu docs finetune publish clean
 
 venv: $(STAMP)
 
@@ -66,6 +67,15 @@ test: lint build
 properties: build
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests/test_properties.py --hypothesis-profile many -n 2
 	$(LOCAL) $(PYTHON_RUN) -m pytest tests/test_properties.py --hypothesis-profile many --device interpreter -n 2
+
+# The oldest Triton that torch 2.11 brings; it compiles for GPUs without the torch that it came with.
+OLDEST_TRITON := $(VENV)/triton-3.6.0
+$(OLDEST_TRITON):
+	$(PYTHON_RUN) -m pip install -q --no-deps --target $@ triton==3.6.0
+
+aot: build $(OLDEST_TRITON)
+	$(PYTHON_RUN) tests/aot.py --report docs/gpus.md
+	PYTHONPATH=$(OLDEST_TRITON) $(PYTHON_RUN) tests/aot.py --report docs/gpus.md
 
 test-gpu: $(READY)
 	@gpu=$$($(PYTHON_RUN) -c 'import torch; print(torch.accelerator.is_available())') || exit 1; \

@@ -1,6 +1,6 @@
 """Compiles the kernels that the launchers launch, ahead of time, for GPUs that this machine need not have.
 
-    python tests/aot.py [--family sm_90 ...] [--layer gated ...] [--package DIR]    after build: a table
+    python tests/aot.py [--family sm_90 ...] [--layer gated ...] [--package DIR] [--report FILE]    after build
 
 No launch is written twice: the public functions run on CPU tensors with the Triton backend put in the CPU's place, a
 launch is caught where Triton would bind its arguments, Triton's own binder specialises them as for a GPU (pointers and
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -412,12 +413,41 @@ def _no_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
+def write_report(path: Path, compiled: Sequence[Compiled]) -> None:
+    """What is largest of each family and kernel, in the document's section of this Triton; others are left."""
+    version = importlib.metadata.version("triton")
+    lines = [
+        f"## Triton {version}",
+        "",
+        "| GPU | kernel | variants | shared memory, KiB of | registers | spills, bytes | matrix instructions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for one in compiled:
+        if one.dtype != "fp32":
+            groups.setdefault((one.family, one.kernel.split()[0]), []).append(one)
+    for (name, kernel), group in groups.items():
+        limit = FAMILIES[name].shared_memory // 1024
+        most = {field: max(getattr(one, field) for one in group) for field in ("shared", "registers", "spills")}
+        instructions = " ".join(sorted({f"`{i}`" for one in group for i in one.instructions})) or "none needed"
+        failed = sum(bool(one.problems()) for one in group)
+        lines.append(
+            f"| {name} | {kernel} | {len(group)}{f', **{failed} with problems**' if failed else ''} "
+            f"| {most['shared'] / 1024:.0f} of {limit} | {most['registers']} | {most['spills']} | {instructions} |"
+        )
+    before, *sections = re.split(r"(?m)^(?=## Triton )", path.read_text(encoding="utf-8"))
+    kept = {section.split("\n", 1)[0]: section.strip() for section in sections}
+    kept[lines[0]] = "\n".join(lines)
+    path.write_text("\n\n".join([before.strip(), *(kept[title] for title in sorted(kept))]) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compile every kernel for every GPU family and print what came of it."
     )
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--layer", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--report", type=Path, help="a document whose section of the Triton at hand is made anew")
     parser.add_argument("--package", type=Path, default=ROOT / "build" / "torch-cuda")
     options = parser.parse_args(arguments)
     jobs = [
@@ -429,19 +459,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = "kernel,layer,tile,dtype,family,shared,limit,registers,spills,instruction,".split(",")
     row = "{:<21} {:<10} {:<21} {:<5} {:<7} {:>7} {:>7} {:>9} {:>6} {:<16} {}".format
     print(row(*header).rstrip())
-    seen, problems = set(), []
+    seen: dict[tuple, Compiled] = {}
+    problems = []
     with workers(os.cpu_count() or 1) as pool:
         futures = [pool.submit(compile_case, options.package, *job) for job in jobs]
         for (_, case), future in zip(jobs, futures, strict=True):
             for c in future.result():
                 if astuple(c) not in seen:
-                    seen.add(astuple(c))
+                    seen[astuple(c)] = c
                     limit = FAMILIES[c.family].shared_memory
                     mark = "<-- see below" if c.problems() else ""
                     numbers = (c.shared, limit, c.registers, c.spills, " ".join(c.instructions) or "-", mark)
                     print(row(c.kernel, case.layer, c.tile, c.dtype, c.family, *numbers).rstrip(), flush=True)
                     problems += c.problems()
     print(f"\n{len(seen)} kernels, {len(problems)} problems", *problems, sep="\n")
+    if options.report:
+        write_report(options.report, list(seen.values()))
     return bool(problems)
 
 
