@@ -66,14 +66,23 @@ def schedule_size(num_slots: int, num_experts: int) -> int:
     return num_slots // 16 + num_experts + 2
 
 
+def _is_rdna(gpu: Gpu) -> bool:
+    return gpu.architecture.startswith("gfx11")
+
+
+def _widest(gpu: Gpu) -> int:
+    """Columns of a product's tile: on RDNA, with Triton 3.6, 128 of them spilled up to 608 bytes a thread."""
+    return 64 if _is_rdna(gpu) else 128
+
+
 def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """Depth of a step, and steps in flight: what hides a load without spilling its addresses.
 
     64 deep and 4 where TMA loads (sm_90, sm_100); 32 deep on other NVIDIA GPUs, where 64 spilled 104 bytes a thread in
-    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950, and 32 deep on RDNA, where 64 spilled
-    up to 836. Half as deep for float32.
+    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950. 32 deep on gfx950, where 64 spilled
+    188 with Triton 3.6, and on RDNA, where it spilled up to 836. Half as deep for float32.
     """
-    if gpu.architecture.startswith("gfx11"):
+    if gpu.architecture == "gfx950" or _is_rdna(gpu):
         depth, stages = 32, 2
     elif gpu.architecture.startswith("gfx"):
         depth, stages = 64, 2
@@ -90,10 +99,10 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
     depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=rows,
-        block_n=min(128, max(32, next_power_of_2(columns))),
+        block_n=min(_widest(gpu), max(32, next_power_of_2(columns))),
         block_k=depth,
         # RDNA's warps are half as wide as CDNA's: its 64-row tile spilled 500 bytes a thread in 4 of them.
-        num_warps=8 if rows >= (64 if gpu.architecture.startswith("gfx11") else 128) else 4,
+        num_warps=8 if rows >= (64 if _is_rdna(gpu) else 128) else 4,
         num_stages=stages,
     )
     return _choose(f"gemm {'gathered' if gathered else 'grouped'} {rows}", rule, columns, dtype, gpu)
@@ -129,13 +138,12 @@ def shrink_tile(rows: int, rank: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
 @functools.cache
 def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The gram's tile: ``block_m`` by ``block_n`` of one expert's output, ``block_k`` rows a step."""
-    rdna = gpu.architecture.startswith("gfx11")
     rule = Tile(
         block_m=min(128, max(16, next_power_of_2(left))),
-        block_n=min(128, max(16, next_power_of_2(right))),
-        block_k=32 if dtype.itemsize > 2 or rdna else 64,
+        block_n=min(_widest(gpu), max(16, next_power_of_2(right))),
+        block_k=32 if dtype.itemsize > 2 or _is_rdna(gpu) else 64,
         # RDNA's 4 warps of a 64-column tile spilled 76 bytes a thread.
-        num_warps=4 if right <= (32 if rdna else 64) else 8,
+        num_warps=4 if right <= (32 if _is_rdna(gpu) else 64) else 8,
         num_stages=min(3, _pipeline(dtype, gpu)[1]),
     )
     return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)
