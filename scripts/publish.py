@@ -178,7 +178,10 @@ def public_api(variant: Path, module: str) -> griffe.Module:
         package = griffe.load(module, search_paths=[scratch], allow_inspection=False)
         public = griffe.Module(module)
         for name in map(str, package.exports or ()):
-            public.set_member(name, package[name])  # whatever file it is in: moving a function is no change
+            # By what is imported: a submodule may have the name too.
+            member = package.modules_collection[package.imports.get(name, f"{package.path}.{name}")]
+            # By an alias, as moving a function is no change; griffe looks for none in a module's.
+            public.set_member(name, member if member.is_module else griffe.Alias(name, member))
     return public
 
 

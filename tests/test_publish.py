@@ -327,6 +327,20 @@ FITS = {
 }
 
 
+def test_the_api_of_a_name_that_is_a_submodule_too(source):
+    """`from .double import double`: what code finds there is the function."""
+    edit(source, f"torch-ext/{MODULE}/__init__.py", "from .ops import double", "from .double import double")
+    write(source, "double.py", "def double(x, _inner=1):\n    return x\n\n\ndef inner():\n    pass\n")
+    commit_and_build(source)
+    old, new = source / "build" / "torch-cpu", source / "new"
+    shutil.copytree(old, new)
+    assert publish_script.api_changes(old, new, MODULE) == []
+    edit(new, "double.py", "def inner", "def other")
+    assert publish_script.api_changes(old, new, MODULE) == []
+    edit(new, "double.py", "def double(x,", "def double(y,")
+    assert any("double(x)" in change for change in publish_script.api_changes(old, new, MODULE))
+
+
 def change_source(root, edits):
     for name, old, new in edits:
         edit(root, f"torch-ext/{MODULE}/{name}", old, new)
