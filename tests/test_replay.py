@@ -157,6 +157,24 @@ def test_an_error_leaves_no_recording(kernel, replay, monkeypatch):
     assert len(replay._programs) == 2
 
 
+def test_a_compilation_that_fails_leaves_triton_as_it_was(kernel, replay, monkeypatch):
+    """In Triton 3.6 its mode stays on where a kernel does not compile: the next call must compile all the same."""
+    from triton.runtime import _async_compile
+
+    def fail(*arguments):
+        raise RuntimeError("no ptxas")
+
+    case = Case(**SIZES)
+    with monkeypatch.context() as patch:
+        patch.setattr(_async_compile.AsyncCompileMode, "__exit__", fail)
+        with pytest.raises(RuntimeError, match="no ptxas"):
+            case.run(kernel, kernel.moe_mlp, torch.device("cpu"), reference=False)
+    assert _async_compile.active_mode.get() is None
+    assert not replay._programs and not inner(kernel, "triton_kernels.launch")._compiled
+    case.check(kernel, torch.device("cpu"))
+    assert len(replay._programs) == 2
+
+
 def test_programs_are_bounded(kernel, replay, monkeypatch):
     monkeypatch.setattr(replay, "CAPACITY", 4)
     for T in range(5, 10):

@@ -6,6 +6,7 @@ A forward of 16 tokens, 9 launches, took an H200's host 1.42 ms through Triton's
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable
@@ -143,10 +144,15 @@ def compile_missing(missing: dict[tuple, Callable[[], Any]]) -> None:
     def make_launcher(kernel: Any) -> None:
         driver.active.launcher_cls(kernel.src, kernel.metadata)
 
-    with _compiling, ThreadPoolExecutor() as pool:
+    def compile_all(pool: ThreadPoolExecutor) -> None:
         with triton.AsyncCompileMode(pool):
             for warmup in missing.values():
                 warmup()
+
+    with _compiling, ThreadPoolExecutor() as pool:
+        # In a context of its own: where a compilation fails or is interrupted, Triton 3.6 leaves the mode on, and with
+        # it nothing more can be compiled.
+        contextvars.copy_context().run(compile_all, pool)
         compiled = {key: warmup() for key, warmup in missing.items()}  # they are in Triton's own cache now
         kernels = [kernel for kernel in compiled.values() if kernel is not None]  # None: Triton's interpreter
         list(pool.map(make_launcher, kernels))
