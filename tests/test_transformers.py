@@ -380,7 +380,8 @@ def test_experts_implementation(kernel, ran):
         assert ran.ops == {"moe_mlp_forward": 2, "moe_mlp_backward": 2}
 
 
-def test_hooks_on_the_experts_still_run(kernel, ran):
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_the_experts_still_run(kernel, ran, kind):
     """A user's hook on the experts (accelerate's offloading, FSDP's) is not bypassed by the fused wrapper."""
     ids = tokens()
     model = wrap(tiny_model("mixtral"), "mixtral")
@@ -388,7 +389,7 @@ def test_hooks_on_the_experts_still_run(kernel, ran):
     kernel.kernelize(model)
     seen = []
     for layer in model.base_model.model.model.layers:
-        layer.mlp.experts.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
+        getattr(layer.mlp.experts.get_base_layer(), f"register_{kind}")(lambda *_: seen.append(1))
     with ran:
         check_same(loss_and_grads(model, ids), want)
     assert len(seen) == 2

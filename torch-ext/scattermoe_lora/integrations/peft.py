@@ -45,8 +45,9 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
 
 
 def has_hooks(modules: list[nn.Module]) -> bool:
-    """Forward hooks (FSDP's unsharding, accelerate's offloading) run only if the module itself is called."""
-    return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
+    """Hooks (FSDP's unsharding, accelerate's offloading, a user's) run only if the module itself is called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(any(getattr(m, name) for name in hooks) or hasattr(m, "_hf_hook") for m in modules)
 
 
 def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
