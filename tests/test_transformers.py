@@ -427,6 +427,26 @@ def test_hooks_below_a_switched_block(mapped, with_peft):
     assert len(seen) == 2
 
 
+def test_expert_parallel_experts_below_a_switched_block(mapped):
+    """`HFScatterMoEGatedMLP` calls what transformers' expert parallelism puts around the experts' forward."""
+    ids = tokens()
+    model = tiny_model("mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    mapped(model, {type(model.model.layers[-1].mlp): "HFScatterMoEGatedMLP"})
+    seen = []
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts._is_expert_parallel = True
+
+        def ep_forward(*args, original=experts.forward):
+            seen.append(1)
+            return original(*args)
+
+        experts.forward = ep_forward
+    check_same(loss_and_grads(model, ids), want)
+    assert len(seen) == 2
+
+
 def test_copies_are_independent(kernel):
     ids = tokens()
     model = wrap(tiny_model("mixtral"), "mixtral").eval()

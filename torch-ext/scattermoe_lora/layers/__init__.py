@@ -137,12 +137,11 @@ def _block(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if has_hooks([experts]):
-        return experts(hidden_states, top_k_index, top_k_weights)
-    if is_param_wrapper(experts):
-        return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
-    if is_experts(experts):
-        return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if not has_hooks([experts]):
+        if is_param_wrapper(experts):
+            return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
+        if is_experts(experts) and not experts._is_expert_parallel:  # whose forward has transformers' around it
+            return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return experts(hidden_states, top_k_index, top_k_weights)
 
 
