@@ -349,3 +349,14 @@ def test_public_names(kernel):
         "unkernelize",
     ]
     assert all(hasattr(kernel, name) for name in kernel.__all__)
+
+
+@pytest.mark.parametrize("offsets", [[9, 2], [-1, 4], [3, 2], [0, 99]], ids=str)
+def test_offsets_that_leave_the_rows_are_refused(kernel, offsets):
+    """On the CPU, as those of the linears; on a GPU it would cost a sync."""
+    X, DY, A, B = torch.randn(4, 6), torch.randn(4, 3), torch.randn(4, 6), torch.randn(3, 4)
+    message = r"expert_offsets must be counts that grow from 0 to S = 4, got"
+    with pytest.raises(ValueError, match=f"group_bwd_W: {message}"):
+        kernel.kernels.group_bwd_W(DY, X, torch.tensor(offsets), 2)
+    with pytest.raises(ValueError, match=f"group_bwd_lora: {message}"):
+        kernel.kernels.group_bwd_lora(DY, X, A, B, torch.tensor(offsets), 2, 1.0)

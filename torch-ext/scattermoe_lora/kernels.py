@@ -141,8 +141,8 @@ def group_bwd_W(
     DY: Tensor, X: Tensor, expert_offsets: Tensor, E: int, has_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Weight gradients: ``DY [S, N]`` and ``X [S, K]`` in grouped order give ``(DW [E, K, N], Db [E, N] or None)``."""
-    _check_grouped("group_bwd_W", DY, X, expert_offsets, E)
-    routing = _grouped_routing(X, expert_offsets)
+    args = _check_grouped("group_bwd_W", DY, X, expert_offsets, E)
+    routing = _grouped_routing(args, X, expert_offsets)
     run = backend.of(X)
     DW = X.new_empty(E, X.shape[1], DY.shape[1])
     run.gram(X, DY, routing, DW, left_fan_out=0)
@@ -159,7 +159,7 @@ def group_bwd_lora(
     """Adapter gradients: ``DY [S, N]``, ``X [S, K]`` in grouped order give ``(dA [E * r, K], dB [N, E * r])``."""
     args = _check_grouped("group_bwd_lora", DY, X, expert_offsets, E)
     lora = args.expert_major(lora_A, lora_B, scaling, "K", "N")
-    routing = _grouped_routing(X, expert_offsets)
+    routing = _grouped_routing(args, X, expert_offsets)
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
@@ -207,8 +207,9 @@ def _check_grouped(function: str, DY: Tensor, X: Tensor, expert_offsets: Tensor,
     return args
 
 
-def _grouped_routing(X: Tensor, expert_offsets: Tensor) -> Routing:
+def _grouped_routing(args: Arguments, X: Tensor, expert_offsets: Tensor) -> Routing:
     rows = torch.arange(X.shape[0], device=X.device)
+    args.routing(rows, expert_offsets)
     return backend.routing(rows, expert_offsets)
 
 
