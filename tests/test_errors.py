@@ -220,8 +220,13 @@ WRONG = [
     ("moe_mlp", "gate_up_proj_bias", lambda x: x[:, 1:], ValueError, "[E, 2I]", str((E, 2 * I - 1))),
     ("moe_mlp", "down_proj_bias", lambda x: x[:, 1:], ValueError, "[E, H]", str((E, H - 1))),
     *(
-        ("moe_mlp", name, lambda _, value=value: value, TypeError, "bool", repr(value))
-        for name in ("is_transposed", "is_concatenated", "has_gate", "expert_parallel")
+        (call, name, lambda _, value=value: value, TypeError, "bool", repr(value))
+        for call, names in (
+            ("moe_mlp", ("is_transposed", "is_concatenated", "has_gate", "expert_parallel")),
+            ("parallel_linear", ("grouped_in", "grouped_out")),
+            ("parallel_linear_lora", ("grouped_in", "grouped_out")),
+        )
+        for name in names
         for value in ("no", None, 1)
     ),
     ("moe_mlp", "down_proj_bias", lambda x: x[1:], ValueError, "[E, H]", "E = 5", str((E - 1, H))),

@@ -256,7 +256,7 @@ def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeyp
         monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "CHUNK", 16)
     elif not few and not on_gpu:
         pytest.skip("thousands of rows, for a GPU")
-    # 64 rows a chunk for few, 2048 for many: one less than a chunk or two, just that, and one more.
+    # 16 rows a chunk for few, 2048 for many: one less than some chunks, just that, and one more.
     if few:
         counts = [0, 63, 64, 65, 0, 1, 129, *[0] * 23, 31, 2]
     else:

@@ -175,6 +175,7 @@ def _check(
     grouped_in: bool,
 ) -> None:
     args.count("k", k)
+    args.flag("grouped_in", grouped_in)
     args.tensor("inputs", inputs, ("rows", "in"), FLOATS)
     args.tensor("expert_weights", expert_weights, ("E", "in", "out"), FLOATS)
     if args.size("E") == 0:
@@ -190,6 +191,7 @@ def _check(
 
 
 def _check_rest(args: Arguments, expert_biases: Tensor | None, gates: Tensor | None, grouped_out: bool) -> None:
+    args.flag("grouped_out", grouped_out)
     if expert_biases is not None:
         args.tensor("expert_biases", expert_biases, ("E", "out"), FLOATS)
     if gates is not None:

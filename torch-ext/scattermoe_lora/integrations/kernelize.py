@@ -97,6 +97,9 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
     (``config._experts_implementation``); PEFT's wrappers around them get a forward that merges nothing. Parameters,
     state dict and adapters stay as they are.
 
+    Give it the whole model: experts share their config, by which transformers chooses, so that given a part of a model
+    it switches the rest too, which the report does not know.
+
     The experts implementation that was chosen gives way (`Switched.replaced`). A forward that something else put on
     the experts, on their wrapper or on their block (a kernel of transformers' own mapping, Liger's) stays, and the
     report says which.

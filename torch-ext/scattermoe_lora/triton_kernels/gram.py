@@ -140,9 +140,9 @@ def gram(
         return out
     num_slots = routing.num_slots
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
-    # Where experts have many rows each, the tiles of all of them keep the GPU busy long enough for a longer chunk.
-    chunk = max(CHUNK, 4 * tiles.next_power_of_2(num_slots // num_experts))
-    more = num_slots // chunk if Q <= NARROW else 0
+    # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
+    chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
+    more = max(0, num_slots - 1) // chunk if Q <= NARROW else 0
     partial = empty(more, P, Q, dtype=torch.float32, device=left.device) if more else None
     for part, units in (("rest", more), ("first", num_experts)) if more else (("all", num_experts),):
         launch(

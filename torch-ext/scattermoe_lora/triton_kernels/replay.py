@@ -237,6 +237,7 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
         del recorder, outputs  # what it allocated, and never wrote
         compile_missing(missing)
         recorder, outputs = _record(body, tensors, options)
+        assert not recorder.missing, "a kernel was compiled for other arguments than it is launched with"
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
             _programs.clear()
