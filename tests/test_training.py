@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from numerics import assert_close, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from test_transformers import BOUND, Ran, check_same
 from tiny import SMALL, loss_and_grads, targets, tiny_model, tokens, wrap
 from tokenizers import Tokenizer
@@ -208,3 +210,57 @@ def test_modules_to_save(kernel, ran, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path)
     with torch.no_grad():
         assert_close({"logits": (fused(input_ids=ids).logits, loaded(input_ids=ids).logits)}, BOUND)
+
+
+@pytest.mark.parametrize("stopped", ["in the adapter", "after it"])
+def test_an_interrupted_save(kernel, ran, tmp_path, monkeypatch, stopped):
+    """A run that dies while it saves: stock PEFT takes no half adapter, and the run goes on from the save before."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    data = Dataset.from_dict({"input_ids": tokens(12, 8).tolist()}).map(lambda row: {"labels": row["input_ids"]})
+
+    def train(out, **options) -> Trainer:
+        torch.manual_seed(3)
+        model = get_peft_model(tiny_model("qwen2_moe"), everywhere())
+        kernel.kernelize(model)
+        arguments = TrainingArguments(
+            output_dir=str(out),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=2,
+            report_to="none",
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        with ran:
+            trainer.train(**options)
+        assert ran.ops and not ran.merges
+        return trainer
+
+    whole = get_peft_model_state_dict(train(tmp_path / "whole").model)
+
+    save = PeftModel.save_pretrained
+
+    def dies(model, folder, *arguments, **options):
+        save(model, folder, *arguments, **options)
+        if "checkpoint-4" in str(folder):
+            file = next(Path(folder).glob("*.safetensors"))
+            if stopped == "in the adapter":
+                file.write_bytes(file.read_bytes()[:1000])
+            raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(PeftModel, "save_pretrained", dies)
+        train(tmp_path / "stopped")
+    half, before = (next((tmp_path / "stopped").rglob(f"checkpoint-{step}")) for step in (4, 2))
+    if stopped == "in the adapter":
+        with pytest.raises(SafetensorError):
+            PeftModel.from_pretrained(tiny_model("qwen2_moe"), half)
+    PeftModel.from_pretrained(tiny_model("qwen2_moe"), before)
+    resumed = get_peft_model_state_dict(train(tmp_path / "stopped", resume_from_checkpoint=str(before)).model)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
