@@ -118,13 +118,23 @@ class Arguments:
 
     def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor) -> None:
         """Checks that a routing stays within its slots, where it costs no device sync: on the CPU."""
+        self.slots(scattered_idxs)
         if scattered_idxs.device.type != "cpu" or torch.compiler.is_compiling():
             return
         slots, previous = scattered_idxs.shape[0], 0
-        if slots and not 0 <= int(scattered_idxs.min()) <= int(scattered_idxs.max()) < slots:
-            got = f"from {int(scattered_idxs.min())} to {int(scattered_idxs.max())}"
-            raise self.fail("sorted_scattered_idxs", f"in [0, S = {slots})", got)
         for offset in expert_offsets.tolist():
             if not previous <= offset <= slots:
                 raise self.fail("expert_offsets", f"counts that grow from 0 to S = {slots}", expert_offsets.tolist())
             previous = offset
+
+    def slots(self, scattered_idxs: Tensor, expert_idxs: Tensor | None = None) -> None:
+        """Checks grouped rows' slots and, if given, that their experts ascend; on the CPU."""
+        if scattered_idxs.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        slots = scattered_idxs.shape[0]
+        if slots and not 0 <= int(scattered_idxs.min()) <= int(scattered_idxs.max()) < slots:
+            got = f"from {int(scattered_idxs.min())} to {int(scattered_idxs.max())}"
+            raise self.fail("sorted_scattered_idxs", f"in [0, S = {slots})", got)
+        if expert_idxs is not None and (falls := (expert_idxs.diff() < 0).nonzero().flatten().tolist()):
+            got = f"{expert_idxs[falls[0] : falls[0] + 2].tolist()} from row {falls[0]} on"
+            raise self.fail("sorted_expert_idxs", "sorted", got)

@@ -188,6 +188,7 @@ def _check(
         raise args.fail("W", "of at least one expert", "shape with E = 0")
     args.tensor("sorted_expert_idxs", sorted_expert_idxs, ("S",), INTEGERS)
     args.tensor("sorted_scattered_idxs", sorted_scattered_idxs, ("S",), INTEGERS)
+    args.slots(sorted_scattered_idxs, sorted_expert_idxs)
     if args.size("rows") * (1 if grouped else k) != args.size("S"):
         inner = "K" if name == "X" else "N"
         got = f"{args.size('rows')} rows for k = {k} and S = {args.size('S')}"
