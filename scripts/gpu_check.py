@@ -92,15 +92,14 @@ def _times(kernel: ModuleType, model: Model, T: int) -> dict[str, float]:
     case = Case.of_model(model, T, torch.bfloat16)
     arguments, leaves = case.layer(kernel)
     case.tensors = {}  # the float64 originals are not part of what is measured
-    flags = {"is_transposed": model.is_transposed, "is_concatenated": model.is_concatenated}
     grad = case.grad.to(torch.bfloat16)
 
     def forward() -> torch.Tensor:
-        return kernel.moe_mlp(**arguments, **flags)
+        return kernel.moe_mlp(**arguments)
 
     def step() -> None:
         forward().backward(grad)
-        for leaf in leaves:
+        for leaf in leaves.values():
             leaf.grad = None
 
     row = {"forward": median_ms(forward), "step": median_ms(step)}

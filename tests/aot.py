@@ -126,7 +126,8 @@ class Compiled:
 
 # The layers. Sizes are Qwen3-30B-A3B's, with few experts: a tile is chosen from rows per expert.
 
-NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 16, 8, 2048, 768
+# At 128 rows an expert, rows enough for a gram in parts.
+NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 32, 8, 2048, 768
 
 
 class _Tensors:
@@ -363,7 +364,7 @@ def _labels(name: str, signature: dict, constants: dict, options) -> dict[str, s
     blocks = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("EXPERTS", "GROUPS"))
     pointer = next(kind for kind in signature.values() if str(kind).startswith("*"))
     return {
-        "kernel": " ".join(filter(None, (name.strip("_").removesuffix("_kernel"), constants.get("EPILOGUE")))),
+        "kernel": " ".join(filter(None, (name.strip("_").removesuffix("_kernel"), constants.get("PART")))),
         "tile": f"{blocks} w{options.num_warps} s{options.num_stages}",
         "dtype": pointer.lstrip("*"),
     }

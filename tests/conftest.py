@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -81,3 +82,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def inner(kernel: ModuleType, name: str) -> ModuleType:
     """A module inside the kernel: the loader gives the package a generated name, so it can't be imported by ours."""
     return importlib.import_module(f"{kernel.__name__}.{name}")
+
+
+def script(name: str) -> ModuleType:
+    """A script of `scripts/`, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

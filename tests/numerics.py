@@ -117,42 +117,38 @@ class Case:
             home=torch.device("cuda"),
         )
 
-    def layer(self, kernel: ModuleType) -> tuple[dict[str, Any], list[Tensor]]:
-        """The arguments of `moe_mlp` in their dtypes at home, and those of them that train."""
-        x = {}
-        for name, tensor in self.tensors.items():
-            dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype
-            x[name] = tensor.to(dtype).requires_grad_(name not in self.frozen)
-        leaves = [tensor for tensor in x.values() if tensor.requires_grad]
-        loras = {
-            f"{projection}_lora": kernel.ExpertLoRA(x.pop(f"{projection}_A"), x.pop(f"{projection}_B"), scaling)
-            for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True)
-            if self.r
-        }
-        return {**x, **loras, "top_k_index": self.top_k_index}, leaves
+    def layer(
+        self, kernel: ModuleType, device: torch.device | None = None, reference: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The arguments of `moe_mlp`, and by name those of them that train.
 
-    def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
-        """Output and gradients of `function`: in float64 for the reference, else in its dtypes on the device."""
+        On a device (if None at home) in their dtypes, or for the reference at home in float64.
+        """
+        where = self.home if device is None or reference else device
         leaves = {}
         for name, tensor in self.tensors.items():
             dtype = (self.adapter_dtype or self.dtype) if name.endswith(("_A", "_B")) else self.dtype
-            leaf = tensor.detach() if reference else tensor.to(device, dtype, copy=True)
+            leaf = tensor.detach() if reference else tensor.to(where, dtype, copy=True)
             leaves[name] = leaf.requires_grad_(name not in self.frozen)
-        arguments = dict(leaves)
+        arguments: dict[str, Any] = dict(leaves)
         if self.r:
             for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True):
                 A, B = arguments.pop(f"{projection}_A"), arguments.pop(f"{projection}_B")
                 arguments[f"{projection}_lora"] = kernel.ExpertLoRA(A, B, scaling)
-        where = self.home if reference else device
-        out = function(
-            **arguments,
-            top_k_index=self.top_k_index.to(where),
-            is_transposed=self.is_transposed,
-            is_concatenated=self.is_concatenated,
-            has_gate=self.has_gate,
-            activation=self.activation,
-        )
-        out.backward(self.grad.to(where, out.dtype))
+        arguments |= {
+            "top_k_index": self.top_k_index.to(where),
+            "is_transposed": self.is_transposed,
+            "is_concatenated": self.is_concatenated,
+            "has_gate": self.has_gate,
+            "activation": self.activation,
+        }
+        return arguments, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+
+    def run(self, kernel: ModuleType, function: Any, device: torch.device, reference: bool) -> dict[str, Tensor]:
+        """Output and gradients of `function`: in float64 for the reference, else in its dtypes on the device."""
+        arguments, leaves = self.layer(kernel, device, reference)
+        out = function(**arguments)
+        out.backward(self.grad.to(out.device, out.dtype))
         grads = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return {"output": out.detach(), **grads}
 

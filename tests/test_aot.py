@@ -59,6 +59,12 @@ def test_no_kernel_is_left_out(compile_case, package):
     assert {c.kernel.split()[0] for c in compile_case("sm_90", Case("dropped", 16, "bfloat16", 16))} == defined
 
 
+def test_a_gram_in_parts_is_compiled(compile_case):
+    """It takes more rows than other kernels ask for, which the sizes of the cases must go on having."""
+    kernels = {c.kernel for c in compile_case("sm_90", LARGEST)}
+    assert {"gram rest", "gram first"} <= kernels
+
+
 def test_problems_are_found():
     """The limits themselves; a kernel at each of them is fine."""
     sound = Compiled("k", "t", "bf16", "sm_90", 227 * 1024, 255, aot.SPILL_LIMIT, ("wgmma.mma_async",), 64)

@@ -63,8 +63,12 @@ def double(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def kernel(tmp_path):
     """A small kernel's source tree, outside any git checkout."""
-    root = tmp_path / "kernel"
-    for name in ("build.toml", "CARD.md", "scripts/build.py"):
+    return small_kernel(tmp_path / "kernel", "build")
+
+
+def small_kernel(root, *scripts):
+    """Writes the source tree of a small kernel, with some of our scripts."""
+    for name in ("build.toml", "CARD.md", *(f"scripts/{script}.py" for script in scripts)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     for name, text in PACKAGE.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from conftest import script
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "finetune.py"
@@ -21,11 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "finetune.py"
 
 @pytest.fixture(scope="module")
 def finetune() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("finetune")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

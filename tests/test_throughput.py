@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import script
 from test_transformers import Ran
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "throughput.py"
 TINY = [
     "--tiny",
     "--device",
@@ -30,11 +28,7 @@ TINY = [
 
 @pytest.fixture
 def throughput() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("throughput")
 
 
 @pytest.mark.parametrize("options", [[], ["--gradient-checkpointing"]], ids=["", "checkpointing"])

@@ -1,14 +1,13 @@
 """The version rules (scripts/version.py): what agrees passes, what does not is told with what to do."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import minijinja
 import pytest
-from test_build import PACKAGE, git, write
+from test_build import git, small_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -24,14 +23,7 @@ SECOND = "## 2.0.0 - 2026-03-01\n"
 @pytest.fixture
 def source(tmp_path):
     """A small kernel's source tree."""
-    (tmp_path / "scripts").mkdir()
-    for name in ("build.toml", "CARD.md", "scripts/build.py", "scripts/version.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name, text in PACKAGE.items():
-        write(tmp_path, name, text)
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "benchmark.py").write_text("# a benchmark\n")
-    return tmp_path
+    return small_kernel(tmp_path, "build", "version")
 
 
 def set_version(root, version):

@@ -20,6 +20,11 @@ def probability(function: str, name: str, value: object) -> float:
     return float(value)
 
 
+def _values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether a look at a tensor's values costs no device sync and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class Arguments:
     """Checks the tensors of one call against each other: symbols such as ``H`` mean the same size in all of them."""
 
@@ -110,7 +115,7 @@ class Arguments:
 
     def expert_ids(self, name: str, ids: Tensor, num_experts: int, allow_sentinels: bool) -> None:
         """Checks the range where it costs no device sync: on the CPU."""
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if not _values_are_at_hand(ids) or ids.numel() == 0:
             return
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (high >= num_experts and not allow_sentinels):
@@ -119,7 +124,7 @@ class Arguments:
     def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor) -> None:
         """Checks that a routing stays within its slots, where it costs no device sync: on the CPU."""
         self.slots(scattered_idxs)
-        if scattered_idxs.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _values_are_at_hand(scattered_idxs):
             return
         slots, previous = scattered_idxs.shape[0], 0
         for offset in expert_offsets.tolist():
@@ -129,7 +134,7 @@ class Arguments:
 
     def slots(self, scattered_idxs: Tensor, expert_idxs: Tensor | None = None) -> None:
         """Checks grouped rows' slots and, if given, that their experts ascend; on the CPU."""
-        if scattered_idxs.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _values_are_at_hand(scattered_idxs):
             return
         slots = scattered_idxs.shape[0]
         if slots and not 0 <= int(scattered_idxs.min()) <= int(scattered_idxs.max()) < slots:

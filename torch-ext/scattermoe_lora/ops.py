@@ -313,8 +313,7 @@ def _moe_mlp_backward(
     options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs))
     *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
     if grads[9] is not None:
-        d_weights = grads[9] if bias_dot is None else grads[9] + bias_dot[:, 0]
-        grads[9] = d_weights.to(top_k_weights.dtype).view(top_k_weights.shape)
+        grads[9] = _weights_grad(grads[9], bias_dot, top_k_weights)
     return [_empty(hidden_states) if grad is None else grad for grad in grads]
 
 
@@ -452,6 +451,12 @@ def _backward_body(
 def _bias_dot(run: ModuleType, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
     """``<dout, bias[e]>`` of each slot, scattered ``[S, 1]``: what the bias adds to a routing weight's gradient."""
     return run.shrink(dout, bias[:, :, None], routing, x_fan_out=fan_out, scale=1.0, out_scattered=True)
+
+
+def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> Tensor:
+    """The gradient of weights ``[T, k]`` from ``dot [S]``, and what `_bias_dot` adds to it."""
+    total = dot if bias_dot is None else dot + bias_dot[:, 0]
+    return total.to(weights.dtype).view(weights.shape)
 
 
 def _fake_grads(inputs, needs):
@@ -652,8 +657,7 @@ def _parallel_linear_backward(
     if grads[0] is not None:
         grads[0] = grads[0].to(inputs.dtype)
     if grads[5] is not None and gates is not None:
-        dot = grads[5] if bias_dot is None else grads[5] + bias_dot[:, 0]
-        grads[5] = dot.to(gates.dtype).view(gates.shape)
+        grads[5] = _weights_grad(grads[5], bias_dot, gates)
     return [_empty(inputs) if grad is None else grad for grad in grads]
 
 
