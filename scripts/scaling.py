@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 SIZES: dict[str, dict[str, Any]] = {
     "mid": {
@@ -99,14 +100,15 @@ def launch(options: argparse.Namespace, devices: int) -> list[dict[str, Any]]:
             rows += json.loads(out.read_text())
     alone = {row["engine"]: row["step ms"] for row in rows if row["processes"] == 1}
     print(
-        "\n| engine | processes | step, ms | tokens/s | efficiency | peak memory, GiB | over the wire, MB a process |"
+        "\n| engine | processes | step, ms | tokens/s | efficiency | peak memory, GiB | over the wire, MB a process "
+        "| error of the loss | of the gradients |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         efficiency = f"{alone[row['engine']] / row['step ms']:.2f}" if row["engine"] in alone else ""
         print(
             f"| {row['engine']} | {row['processes']} | {row['step ms']:.1f} | {row['tokens/s']:.0f} | {efficiency} "
-            f"| {row['peak GiB']:.1f} | {row['wire MB']:.0f} |"
+            f"| {row['peak GiB']:.1f} | {row['wire MB']:.0f} | {row['loss error']:.1e} | {row['gradient error']:.1e} |"
         )
     return rows
 
@@ -136,7 +138,7 @@ def build(options: argparse.Namespace, device: torch.device) -> nn.Module:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = get_peft_model(model, LoraConfig(r=options.rank, target_parameters=targets))
+    model = get_peft_model(model, LoraConfig(r=options.rank, target_parameters=targets, init_lora_weights=False))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -144,10 +146,37 @@ def build(options: argparse.Namespace, device: torch.device) -> nn.Module:
     return model.train()
 
 
+def tokens_of(process: int, options: argparse.Namespace, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(process)
+    shape = (options.batch, options.length)
+    return torch.randint(0, SIZES[options.size]["vocab_size"], shape, generator=generator).to(device)
+
+
+def adapter_grads(model: nn.Module) -> Tensor:
+    """Every adapter's gradient in one vector, whole where FSDP2 has sharded it."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
+
+
+def in_one_process(model: nn.Module, options: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of all processes' tokens, by this one alone."""
+    processes = dist.get_world_size()
+    total = torch.zeros((), device=device)
+    for process in range(processes):
+        ids = tokens_of(process, options, device)
+        loss = model(input_ids=ids, labels=ids).loss / processes
+        loss.backward()
+        total += loss.detach()
+    grads = adapter_grads(model)
+    model.zero_grad()
+    return total, grads
+
+
 def time_engine(engine: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Median time of a step, forward, backward and optimizer, on the slowest process."""
     gc.collect()  # the engine before this one
     model = build(options, device)
+    want_loss, want_grads = in_one_process(model, options, device)
     wire = bytes_over_the_wire(engine, model, dist.get_world_size())
     if engine == "ddp":
         devices = [device.index] if device.type == "cuda" else None
@@ -160,16 +189,21 @@ def time_engine(engine: str, options: argparse.Namespace, device: torch.device) 
         fully_shard(model)
         wrapped = model
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    vocabulary = SIZES[options.size]["vocab_size"]
-    ids = torch.randint(0, vocabulary, (options.batch, options.length), generator=generator).to(device)
+    ids = tokens_of(dist.get_rank(), options, device)
+    errors: dict[str, float] = {}
     times = []
     for step in range(WARMUP + options.steps):
         if step == WARMUP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         synchronize(device)
         start = time.perf_counter()
-        wrapped(input_ids=ids, labels=ids).loss.backward()
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if step == 0:
+            dist.all_reduce(mean := loss.detach() / dist.get_world_size())
+            errors["loss error"] = float((mean - want_loss).abs() / want_loss.abs())
+            errors["gradient error"] = float((adapter_grads(wrapped) - want_grads).norm() / want_grads.norm())
+            del want_grads
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)
@@ -190,6 +224,7 @@ def time_engine(engine: str, options: argparse.Namespace, device: torch.device) 
         "tokens/s": tokens / seconds,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
         "wire MB": wire / 1e6,
+        **errors,
     }
 
 

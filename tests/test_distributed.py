@@ -126,6 +126,7 @@ def test_scaling_script(tmp_path):
         ("fsdp2", 2, 32),
     ]
     assert all(row["step ms"] > 0 and row["wire MB"] > 0 for row in rows)
+    assert all(0 <= row["loss error"] < 1e-3 and 0 <= row["gradient error"] < 2e-2 for row in rows), rows
     assert rows[1]["wire MB"] > rows[0]["wire MB"], "FSDP2 sends weights, DDP the adapters' gradients alone"
     assert "| fsdp2 | 2 |" in done.stdout
 

@@ -108,7 +108,7 @@ def test_peak_memory(kernel):
         torch.cuda.reset_peak_memory_stats()
         kernel.moe_mlp(**arguments).backward(grad)
         assert torch.cuda.max_memory_allocated() - before < bound
-        for leaf in leaves:
+        for leaf in leaves.values():
             leaf.grad = None
 
 
@@ -120,7 +120,7 @@ def test_cuda_graph(kernel):
 
     def step() -> list[torch.Tensor]:
         out = kernel.moe_mlp(**arguments)
-        return [out, *torch.autograd.grad(out, leaves, grad)]
+        return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -138,24 +138,75 @@ def test_cuda_graph(kernel):
     assert all(torch.equal(got, want) for got, want in zip(captured, step(), strict=True))
 
 
-def test_output_past_two_to_the_31(kernel):
-    """``S * 2I`` and the gather target beyond 2**31 elements; sampled rows against the definition."""
-    T, H, I, E, k = 300_000, 512, 4096, 4, 1  # noqa: E741
-    assert T * 2 * I > 2**31
-    x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+def check_sampled_rows(kernel, T: int, H: int, I: int, E: int, r: int) -> None:  # noqa: E741
+    """A layer of one choice a token; the gradient that comes in is zero but for sampled rows, so that the definition
+    of those rows alone gives every gradient."""
+
+    def trained(*shape: int, std: float) -> torch.Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(std=std).requires_grad_()
+
+    x = trained(T, H, std=1.0)
     up = torch.randn(E, 2 * I, H, device="cuda", dtype=torch.bfloat16) * H**-0.5
     down = torch.randn(E, H, I, device="cuda", dtype=torch.bfloat16) * I**-0.5
-    index = torch.randint(0, E, (T, k), device="cuda")
-    weights = torch.rand(T, k, device="cuda", dtype=torch.bfloat16)
-    x.requires_grad_()
-    out = kernel.moe_mlp(x, up, down, index, weights)
-    out.backward(torch.ones_like(out))
+    factors = [
+        trained(E, r, H, std=H**-0.5),
+        trained(E, 2 * I, r, std=r**-0.5),
+        trained(E, r, I, std=I**-0.5),
+        trained(E, H, r, std=r**-0.5),
+    ]
+    index = torch.randint(0, E, (T, 1), device="cuda")
+    weights = torch.rand(T, 1, device="cuda", dtype=torch.bfloat16)
     rows = torch.cat([torch.arange(50), torch.arange(T - 50, T)]).cuda()
+    dout = torch.zeros_like(x, requires_grad=False)
+    dout[rows] = 1
+
+    def loras(A_up, B_up, A_down, B_down):
+        return {"gate_up_lora": kernel.ExpertLoRA(A_up, B_up), "down_lora": kernel.ExpertLoRA(A_down, B_down)}
+
+    out = kernel.moe_mlp(x, up, down, index, weights, **loras(*factors))
+    out.backward(dout)
     sample = x.detach()[rows].double().requires_grad_()
-    want = kernel.reference.moe_mlp(sample, up.double(), down.double(), index[rows], weights[rows].double())
+    wide = [factor.detach().double().requires_grad_() for factor in factors]
+    want = kernel.reference.moe_mlp(
+        sample, up.double(), down.double(), index[rows], weights[rows].double(), **loras(*wide)
+    )
     want.backward(torch.ones_like(want))
     assert relative_error(out[rows], want) < 5.5e-3
     assert relative_error(x.grad[rows], sample.grad) < 5.5e-3
+    for got, factor in zip(factors, wide, strict=True):
+        assert relative_error(got.grad, factor.grad) < 5.5e-3
+    x.grad[rows] = 0
+    assert x.grad.abs().max() == 0
+
+
+def test_output_past_two_to_the_31(kernel):
+    """``S * 2I`` beyond 2**31 elements: the output of a product, the rows of a gram."""
+    check_sampled_rows(kernel, T=300_000, H=512, I=4096, E=4, r=8)
+
+
+def test_input_past_two_to_the_31(kernel):
+    """``T * H`` beyond 2**31 elements: what is gathered from, forward and backward, and what is combined."""
+    check_sampled_rows(kernel, T=1_100_000, H=2048, I=64, E=4, r=8)
+
+
+def test_gram_past_two_to_the_31(kernel):
+    """The gradient of a base weight of 64 x 8192 x 4224; the last expert's and the first's against the definition."""
+    E, H, I, T = 64, 4224, 4096, 256  # noqa: E741
+    up = torch.empty(E, 2 * I, H, device="cuda", dtype=torch.bfloat16).normal_(std=H**-0.5)
+    assert up.numel() > 2**31
+    down = torch.empty(E, H, I, device="cuda", dtype=torch.bfloat16).normal_(std=I**-0.5)
+    x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16)
+    picked = torch.tensor([0, E - 1], device="cuda")
+    choice = torch.randint(0, 2, (T, 1), device="cuda")
+    weights = torch.rand(T, 1, device="cuda")
+    up.requires_grad_()
+    kernel.moe_mlp(x, up, down, picked[choice], weights).backward(torch.ones_like(x))
+    small = up.detach()[picked].double().requires_grad_()
+    want = kernel.reference.moe_mlp(x.double(), small, down[picked].double(), choice, weights.double())
+    want.backward(torch.ones_like(want))
+    assert relative_error(up.grad[picked], small.grad) < 5.5e-3
+    up.grad[picked] = 0
+    assert up.grad.abs().max() == 0
 
 
 def test_weights_past_two_to_the_31(kernel):
@@ -211,7 +262,7 @@ def small_step(kernel, seed: int):
 
     def step() -> list[torch.Tensor]:
         out = kernel.moe_mlp(**arguments)
-        return [out, *torch.autograd.grad(out, leaves, grad)]
+        return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
 
     return step
 
