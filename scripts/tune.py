@@ -161,9 +161,7 @@ class Layer:
             "gram narrow": [
                 lambda: run.gram(self.x, z, routing, torch.empty_like(self.A_up).mT, left_fan_out=k),
                 lambda: run.gram(self.h, z, routing, torch.empty_like(self.B_up), left_fan_out=0),
-                lambda: run.gram(
-                    self.a, z, routing, torch.empty_like(self.A_down).mT, left_fan_out=0, row_weights=self.weights
-                ),
+                lambda: run.gram(self.a, z, routing, torch.empty_like(self.A_down).mT, left_fan_out=0),
             ],
             "gram wide": [
                 lambda: run.gram(self.x, self.h, routing, torch.empty_like(self.up).mT, left_fan_out=k),
@@ -174,7 +172,6 @@ class Layer:
                     torch.empty_like(self.down).mT,
                     left_fan_out=0,
                     right_fan_out=k,
-                    row_weights=self.weights,
                 ),
             ],
         }[kind]

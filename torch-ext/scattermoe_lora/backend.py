@@ -54,4 +54,4 @@ def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:
 def fake_schedule(like: Tensor, num_slots: int, num_experts: int) -> Tensor:
     """What `schedule` returns, in shape and dtype, for ops that are traced."""
     size = 0 if like.device.type == "cpu" else tiles.schedule_size(num_slots, num_experts)
-    return like.new_empty(size, 3, dtype=torch.int32)
+    return like.new_empty(size, 4, dtype=torch.int32)

@@ -382,7 +382,7 @@ def _backward_body(
         if bias_of_dot is not None:  # more is to be added
             dot_dtype = torch.promote_types(dot_dtype, torch.float32)
         dh, grads[9] = run.act_grad(
-            a,  # the gradient of a until now, a from here on
+            a,  # the gradient of a until now, from here on a times the routing weights
             h,
             routing,
             h_fan_out=0,
@@ -398,14 +398,14 @@ def _backward_body(
     if need_down:
         grads[2] = run.empty_like(down_proj)
         dw = grads[2] if is_transposed else grads[2].mT
-        run.gram(a, dout, routing, dw, left_fan_out=0, right_fan_out=fan_out, row_weights=weights)
+        run.gram(a, dout, routing, dw, left_fan_out=0, right_fan_out=fan_out)
     if need_down_bias:
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
     if need_down_A:
         grads[7] = run.empty_like(down_A)
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0, row_weights=weights)
+        run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
     if need_down_B:
         grads[8] = run.empty_like(down_B)

@@ -263,8 +263,8 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
-    """The CPU backend walks the offsets themselves: an empty int32 ``[0, 3]``."""
-    return torch.empty(0, 3, dtype=torch.int32, device=expert_offsets.device)
+    """The CPU backend walks the offsets themselves: an empty int32 ``[0, 4]``."""
+    return torch.empty(0, 4, dtype=torch.int32, device=expert_offsets.device)
 
 
 def shrink(
@@ -364,7 +364,8 @@ def act_grad(
     before the routing weight, ``dot`` is the weight's: no output of the forward is needed.
 
     Args:
-        g: ``[S, I]``, grouped. Overwritten by ``a`` if ``save_a``: a gram needs the one when the other has been used.
+        g: ``[S, I]``, grouped. Overwritten by ``row_weight * a`` if ``save_a``: grams need the one when the other has
+            been used.
         h: the saved pre-activation, ``[rows, 2I]`` or ``[rows, I]`` without a gate, addressed by ``h_fan_out`` as in
             `shrink`.
         row_weights: ``[S]`` in scattered order.
@@ -397,7 +398,7 @@ def act_grad(
         if dot is not None:
             dot[slots] = (a * gr).sum(-1).to(dot.dtype)
         if save_a:
-            g[rows] = a.to(g.dtype)
+            g[rows] = (w * a).to(g.dtype)
     return dh, dot
 
 

@@ -17,9 +17,9 @@ class Routing:
     Attributes:
         scattered_idxs: int64 ``[S]``; the slot that each grouped row stands for.
         expert_offsets: int64 ``[E]``; cumulative: expert ``e`` owns grouped rows ``[offsets[e - 1], offsets[e])``.
-        tiles: int32 ``[n, 3]``, the kernels' schedule: first how many row tiles the experts have, and how many with
-            those of no expert; then (expert, first grouped row, end of the expert's rows) of each tile, expert ``E``
-            for rows of no expert. Empty for the CPU backend, which needs none.
+        tiles: int32 ``[n, 4]``, the kernels' schedule: first how many row tiles the experts have, and how many with
+            those of no expert; then (expert, first grouped row, end of the expert's rows, the expert's first tile) of
+            each tile, expert ``E`` for rows of no expert. Empty for the CPU backend, which needs none.
     """
 
     scattered_idxs: Tensor

@@ -156,7 +156,7 @@ def _act_grad_kernel(
             tl.store(dh_row[:, None] + n[None, :], dh, mask=stores[:, None] & inside)
         dot += tl.sum(a * g, axis=1)
         if SAVE_A:
-            tl.store(g_row[:, None] + n[None, :], a.to(dtype), mask=stores[:, None] & inside)
+            tl.store(g_row[:, None] + n[None, :], (a * weight[:, None]).to(dtype), mask=stores[:, None] & inside)
     if STORE_DOT:
         tl.store(dot_ptr + slots, dot.to(dot_ptr.dtype.element_ty), mask=mask)
 

@@ -16,8 +16,9 @@ from .rows import operand_rows
 # Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
 # expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one program summed all its rows.
 CHUNK = 2048
-# Columns up to which rows are split: a wider output has tiles enough to be busy with one expert.
-NARROW = 64
+# Columns up to which rows are split, if there are more than CHUNKED of them: a wider output has tiles enough to be busy
+# with one expert, and fewer rows are summed before the host has launched another kernel.
+NARROW, CHUNKED = 64, 2 * CHUNK
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def gram(
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
     chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
-    more = max(0, num_slots - 1) // chunk if Q <= NARROW else 0
+    more = (num_slots - 1) // chunk if Q <= NARROW and num_slots > CHUNKED else 0
     partial = empty(more, P, Q, dtype=torch.float32, device=left.device) if more else None
     for part, units in (("rest", more), ("first", num_experts)) if more else (("all", num_experts),):
         launch(

@@ -9,6 +9,8 @@ and what they give is not stored. Only the K dimension, which a product sums ove
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from .. import tiles
 from ..types import Routing
 from .device import gpu
 from .launch import empty, launch
-from .rows import operand_rows, tile_entry, tile_rows
+from .rows import operand_rows, scheduled_tile, tile_rows
 
-# Row tiles that share a sweep over the columns, so that a weight block is read from L2 and not again from memory.
-GROUP_M = 8
+# Row tiles of an expert that share a sweep over the columns; see `scheduled_tile`.
+GROUP_M = 16
+# The least columns for which the Hopper kernel is used: it multiplies 256 of them at a time.
+HOPPER_COLUMNS = 256
+# Tritons that the Hopper kernel compiles with: Gluon changes, and 3.8 reads no smaller block in a stage.
+HOPPER_TRITON = ("3.6", "3.7", "3.9")
 
 
 @triton.jit
@@ -118,6 +124,7 @@ def _grouped_gemm_kernel(
     out_ptr,
     tiles_ptr,
     scattered_ptr,
+    num_experts,
     N,
     K,
     R,
@@ -149,13 +156,8 @@ def _grouped_gemm_kernel(
     num_column_tiles = tl.cdiv(N, BLOCK_N)
     num_row_tiles = tl.load(tiles_ptr + (1 if ZERO_TAIL else 0))
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
-        group = tile // (GROUP_M * num_column_tiles)
-        height = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-        within = tile % (GROUP_M * num_column_tiles)
-        column_tile = within // height
-        row_tile = group * GROUP_M + within % height
-        expert, first_row, end = tile_entry(tiles_ptr, row_tile)
-        if ZERO_TAIL and row_tile >= tl.load(tiles_ptr):
+        expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
+        if ZERO_TAIL and expert == num_experts:
             rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
             n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
             out = out_ptr + operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)[:, None] * N + n[None, :]
@@ -199,6 +201,16 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     return weight, ""
 
 
+@functools.cache
+def _hopper(architecture: str) -> ModuleType | None:
+    """The module of the Hopper kernel, where it can be used."""
+    if architecture != "sm_90" or ".".join(triton.__version__.split(".")[:2]) not in HOPPER_TRITON:
+        return None
+    from . import hopper_gemm
+
+    return hopper_gemm
+
+
 def grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -221,6 +233,12 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     row_tile = tiles.block_m(num_slots, num_experts)
+    wide = row_tile == 128 and N >= HOPPER_COLUMNS and x.element_size() == 2
+    hopper = _hopper(gpu(x).architecture) if wide and not zero_tail else None
+    if hopper is not None:
+        layout = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "group_m": GROUP_M}
+        if hopper.hopper_gemm(x, weight, routing, out, **layout, z=z, expand=expand, bias=bias):
+            return out
     tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]
     # At rank 64 on an H200, by 16 ranks a step, unrolled, or by 32 in a pipeline: the two products by A, whose columns
@@ -237,6 +255,7 @@ def grouped_gemm(
         (min(num_tiles, gpu(x).processors * tile.programs_per_processor), 1),
         (x, x_descriptor, w_operand, z, expand, bias, out, routing.tiles, routing.scattered_idxs),
         (
+            num_experts,
             N,
             K,
             rank,

@@ -85,7 +85,8 @@ def _schedule_kernel(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """tiles[1 + i] = (expert, first row, end of its rows): experts in order, each cut into BLOCK_M rows, then none's.
+    """tiles[1 + i] = (expert, first row, end of its rows, its first tile): experts in order, each cut into BLOCK_M
+    rows, then none's.
 
     tiles[0] = how many tiles the experts have, and how many with those of no expert.
     """
@@ -102,10 +103,11 @@ def _schedule_kernel(
     used = (i < num_tiles) & (expert <= num_experts)
     base = tl.load(offsets_ptr + expert - 1, mask=used & (expert > 0), other=0).to(tl.int32)
     bound = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
-    entry = tiles_ptr + 3 + i * 3
+    entry = tiles_ptr + 4 + i * 4
     tl.store(entry, expert, mask=used)
     tl.store(entry + 1, base + (i - first) * BLOCK_M, mask=used)
     tl.store(entry + 2, tl.where(expert == num_experts, num_slots, bound), mask=used)
+    tl.store(entry + 3, first, mask=used)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.sum(tl.where(e < num_experts, count, 0)))
         tl.store(tiles_ptr + 1, tl.sum(count))
@@ -138,12 +140,12 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
-    """The row tiles of a routing, int32 ``[n, 3]``; see `Routing.tiles`."""
+    """The row tiles of a routing, int32 ``[n, 4]``; see `Routing.tiles`."""
     num_experts = expert_offsets.shape[0]
     block_m = tiles.block_m(num_slots, num_experts)
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
     size = tiles.schedule_size(num_slots, num_experts)
-    schedule = empty(size, 3, dtype=torch.int32, device=expert_offsets.device)
+    schedule = empty(size, 4, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
         groups = tiles.next_power_of_2(num_experts + 1)
         # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.

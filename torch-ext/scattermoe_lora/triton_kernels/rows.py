@@ -7,8 +7,26 @@ import triton.language as tl
 @triton.jit
 def tile_entry(tiles_ptr, tile):
     """``(expert, first row, end of the expert's rows)`` of a scheduled tile; see `Routing.tiles`."""
-    entry = tiles_ptr + 3 + tile * 3
+    entry = tiles_ptr + 4 + tile * 4
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """``(expert, first row, end of the expert's rows, column tile)`` of a product's tile.
+
+    An expert's tiles follow one another, up to GROUP_M row tiles for each column tile: they read a weight block
+    together, so once from memory.
+    """
+    row_tile = tile // num_column_tiles  # of this expert, and of this group
+    expert, first_row, end = tile_entry(tiles_ptr, row_tile)
+    first_tile = tl.load(tiles_ptr + 4 + row_tile * 4 + 3)
+    start = first_row - (row_tile - first_tile) * BLOCK_M
+    group = (row_tile - first_tile) // GROUP_M * GROUP_M
+    left = (end - start + BLOCK_M - 1) // BLOCK_M - group
+    height = tl.where(left < GROUP_M, left, GROUP_M)
+    within = tile - (first_tile + group) * num_column_tiles
+    return expert, start + (group + within % height) * BLOCK_M, end, within // height
 
 
 @triton.jit
