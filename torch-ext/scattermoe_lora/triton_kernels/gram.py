@@ -16,8 +16,8 @@ from .rows import operand_rows
 # Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
 # expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one program summed all its rows.
 CHUNK = 2048
-# Columns up to which rows are split, if there are more than CHUNKED of them: a wider output has tiles enough to be busy
-# with one expert, and fewer rows are summed before the host has launched another kernel.
+# Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
+# one expert, and fewer rows are summed before the host has launched another kernel.
 NARROW, CHUNKED = 64, 2 * CHUNK
 
 

@@ -188,7 +188,7 @@ def _multiply(
             if OUT_SCATTERED:
                 rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
             acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-            previous = stage
+            previous = 0  # not `stage`: two names of one value, and the compiler carries neither through the loop
             for k in range(0, K, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
