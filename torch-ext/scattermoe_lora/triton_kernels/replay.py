@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
 
@@ -35,20 +36,20 @@ class _Address:
         return self.pointer
 
 
-def _descriptor(kind: type, fields: dict[str, Any], pointer: int) -> Any:
+class _Descriptor(TensorDescriptor):
     """A tensor descriptor that was checked when it was recorded, at another address."""
-    descriptor: Any = object.__new__(kind)
-    descriptor.__dict__.update(fields)
-    descriptor.base = _Address(pointer)
-    return descriptor
+
+    def __init__(self, fields: dict[str, Any], pointer: int) -> None:
+        self.__dict__.update(fields)
+        self.base = _Address(pointer)
 
 
 def _arguments(get: Callable, descriptors: tuple, tail: tuple, pointers: list) -> tuple:
     arguments = get(pointers)
     if descriptors:
         arguments = list(arguments)
-        for place, kind, fields in descriptors:
-            arguments[place] = _descriptor(kind, fields, arguments[place])
+        for place, fields in descriptors:
+            arguments[place] = _Descriptor(fields, arguments[place])
     return (*arguments, *tail)
 
 
@@ -118,12 +119,12 @@ class _Program:
     def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None:
         entries, descriptors = [], []
         for place, operand in enumerate(operands):
-            if operand is None or isinstance(operand, Tensor):
-                entries.append(0 if operand is None else self._entry(operand.data_ptr()))
-            else:
+            if isinstance(operand, TensorDescriptor):
                 entries.append(self._entry(operand.base.data_ptr()))
                 fields = {name: value for name, value in operand.__dict__.items() if name != "base"}
-                descriptors.append((place, type(operand), fields))
+                descriptors.append((place, fields))
+            else:
+                entries.append(0 if operand is None else self._entry(operand.data_ptr()))
         prepare = functools.partial(_arguments, itemgetter(*entries), tuple(descriptors), tail)
         self.steps.append(("launch", tuple(entries), (compiled, grid, prepare)))
 
