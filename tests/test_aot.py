@@ -51,12 +51,13 @@ def test_kernels_fit_the_gpu(compile_case, family, case):
 
 
 def test_no_kernel_is_left_out(compile_case, package):
-    """One layer, with dropout, launches every kernel there is, so a new one can't go uncompiled."""
+    """Two layers, one of few slots and one with dropout, launch every kernel there is: none can go uncompiled."""
     defined = set()
     for file in (package / "triton_kernels").glob("*.py"):
         defined |= set(re.findall(r"^@triton\.jit\b.*\ndef _(\w+)_kernel\(", file.read_text(), re.MULTILINE))
     assert defined
-    assert {c.kernel.split()[0] for c in compile_case("sm_90", Case("dropped", 16, "bfloat16", 16))} == defined
+    cases = Case("dropped", 128, "bfloat16", 16), Case("gated", 16, "bfloat16", 16)
+    assert {c.kernel.split()[0] for case in cases for c in compile_case("sm_90", case)} == defined
 
 
 def test_a_gram_in_parts_is_compiled(compile_case):

@@ -89,6 +89,28 @@ def replay(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_memory_is_shared_by_what_is_not_used_together(kernel, replay, options, monkeypatch):
+    """All that a replay allocates for itself is one allocation, and no other way of placing it gives other bits."""
+    results = []
+    for limit, shared in ((0, 0), (2**20, 1)):
+        monkeypatch.setattr(replay, "SHARED_BYTES", limit)
+        replay._programs.clear()
+        case = Case(**(SIZES | options))
+        for _ in range(2):  # the second is the replay
+            got = case.run(kernel, kernel.moe_mlp, torch.device("cpu"), reference=False)
+        results.append(got)
+        for program in replay._programs.values():
+            bytes_ = [
+                step for step in program.steps if step[0] == "allocate" and step[2].keywords["dtype"] == torch.uint8
+            ]
+            assert len(bytes_) == shared
+            own = {step[1] for step in program.steps if step[0] == "allocate"} - set(program.outputs)
+            used = {entry for step in program.steps if step[0] == "call" for entry in step[1]}
+            assert len(own - used) == shared or not shared
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_other_data_at_other_addresses(kernel, replay, options, monkeypatch):
     """The second step of a shape runs what the first recorded, and gives the definition's numbers for its own data."""
     ran = []

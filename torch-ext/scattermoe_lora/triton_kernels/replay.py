@@ -20,6 +20,10 @@ from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
+# Bytes up to which what a replay allocates for itself is one allocation: one costs an H200's host 3 us, and a step had
+# 15. Larger ones are freed as soon as they are used.
+SHARED_BYTES = 64 * 2**20
+ALIGNMENT = 256
 
 _programs: dict[tuple, _Program] = {}
 
@@ -136,18 +140,57 @@ class _Program:
                 same = self.allocations.get(entry) == (output.shape, output.stride(), output.dtype)
                 self.complete = self.complete and same
             self.outputs.append(entry)
+        self._share_memory()
         # Where each allocation is used last, so that its memory is free for the next ones.
-        last: dict[int, int] = {}
-        for position, (kind, entries, _) in enumerate(self.steps):
-            for entry in (entries,) if kind == "allocate" else entries:
-                last[self.roots.get(entry, entry)] = position
         dead: dict[int, list[int]] = {}
-        for entry, position in last.items():
+        for entry, position in self._last_uses().items():
             if entry in self.allocations and entry not in self.outputs:
                 dead.setdefault(position, []).append(entry)
         self.steps = [(*step, tuple(dead.get(position, ()))) for position, step in enumerate(self.steps)]
         self.entries, self.roots, self.allocations = {}, {}, {}
         return self.complete
+
+    def _last_uses(self) -> dict[int, int]:
+        """The step that uses each input and allocation last, or a view of it."""
+        last: dict[int, int] = {}
+        for position, (kind, entries, _) in enumerate(self.steps):
+            for entry in (entries,) if kind == "allocate" else entries:
+                last[self.roots.get(entry, entry)] = position
+        return last
+
+    def _share_memory(self) -> None:
+        """Makes one allocation of those that end with the program, each where no other is while it is used."""
+        called = {entry for kind, entries, _ in self.steps if kind == "call" for entry in entries}
+        last = self._last_uses()
+        placed: dict[int, tuple[int, int]] = {}  # entry: its first byte, and the first after it
+        device = None
+        for position, (kind, entry, make) in enumerate(self.steps):
+            if kind != "allocate" or entry in self.outputs or entry in called:
+                continue
+            shape, strides, dtype = self.allocations[entry]
+            elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+            size = -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            begin = 0
+            for other_begin, other_end in sorted(placed[other] for other in placed if last[other] >= position):
+                if begin + size <= other_begin:
+                    break
+                begin = max(begin, other_end)
+            placed[entry] = begin, begin + size
+            device = make.keywords["device"]
+        total = max((end for _, end in placed.values()), default=0)
+        if total == 0 or total > SHARED_BYTES:
+            return
+        shared = self.size
+        self.size += 1
+        self.steps = [step for step in self.steps if step[0] != "allocate" or step[1] not in placed]
+        make = functools.partial(torch.empty_strided, (total,), (1,), dtype=torch.uint8, device=device)
+        self.steps.insert(0, ("allocate", shared, make))
+        self.allocations[shared] = (torch.Size((total,)), (1,), torch.uint8)
+        views = self.views[shared] = []
+        for entry, (begin, _) in placed.items():
+            views.append((entry, begin))
+            views += [(view, begin + offset) for view, offset in self.views.pop(entry, ())]
+        self.roots |= {entry: shared for entry, _ in views}
 
     # Replay
 

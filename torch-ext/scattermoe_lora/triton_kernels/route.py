@@ -13,6 +13,8 @@ from .launch import call, empty, launch
 # Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
 # registers a thread.
 BLOCK = 128
+# Slots up to which one kernel sorts, comparing each with all, where the host would take longer to launch four.
+FEW = 4096
 # Experts counted in one step: bounds the BLOCK x EXPERTS comparison likewise.
 EXPERTS = 128
 
@@ -24,6 +26,25 @@ def _expert_ids(ids_ptr, slots, num_slots, num_experts):
 
 
 # Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16: that comes and goes with it.
+@triton.jit(do_not_specialize=["num_slots"])
+def _sort_kernel(ids_ptr, sorted_ptr, scattered_ptr, offsets_ptr, num_slots, num_experts, BLOCK: tl.constexpr):
+    """A slot goes after those of lesser experts and the earlier ones of its own; an expert ends after its last one."""
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # slots, and experts
+    ids = _expert_ids(ids_ptr, local, num_slots, num_experts)
+    row = tl.zeros((BLOCK,), tl.int32)
+    ends = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_slots, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        others = _expert_ids(ids_ptr, slots, num_slots, num_experts)
+        others = tl.where(slots < num_slots, others, num_experts + 1)[None, :]
+        before = (others < ids[:, None]) | ((others == ids[:, None]) & (slots[None, :] < local[:, None]))
+        row += tl.sum(before.to(tl.int32), axis=1)
+        ends += tl.sum((others <= local[:, None]).to(tl.int32), axis=1)
+    tl.store(sorted_ptr + row, ids.to(tl.int64), mask=local < num_slots)
+    tl.store(scattered_ptr + row, local.to(tl.int64), mask=local < num_slots)
+    tl.store(offsets_ptr + local, ends.to(tl.int64), mask=local < num_experts)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _count_kernel(ids_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[e, block] = how many of the block's slots chose e; row num_experts counts the slots of no expert."""
@@ -126,6 +147,11 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     expert_offsets = empty(num_experts, dtype=torch.int64, device=device)
     if num_slots == 0:
         call(Tensor.zero_, expert_offsets)
+        return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
+    if num_slots <= FEW:
+        grid = (tiles.cdiv(max(num_slots, num_experts), BLOCK), 1)
+        sorts = (expert_ids, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
+        launch(_sort_kernel, grid, sorts, (num_slots, num_experts), 8, 1, BLOCK=BLOCK)
         return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
     num_blocks = tiles.cdiv(num_slots, BLOCK)
     counts = empty((num_experts + 1) * num_blocks, dtype=torch.int32, device=device)
