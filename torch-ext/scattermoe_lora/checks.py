@@ -46,23 +46,22 @@ class Arguments:
         if value.layout != torch.strided or value.is_nested:
             got = "a nested tensor" if value.is_nested else value.layout
             raise TypeError(f"{self.function}: {name} must be a dense tensor, got {got}")
-        if value.device.type != "cpu" and value.dtype == torch.float64:
-            raise TypeError(
-                f"{self.function}: {name} is float64, which only the CPU backend computes; got {value.device}"
-            )
+        device = value.device
+        if device.type != "cpu" and value.dtype == torch.float64:
+            raise TypeError(f"{self.function}: {name} is float64, which only the CPU backend computes; got {device}")
         if self.device is None:
-            self.device = value.device, name
-        elif value.device != self.device[0]:
-            raise self.fail(name, f"on {self.device[0]} like {self.device[1]}", value.device)
-        spelled = f"[{', '.join(shape)}]"
+            self.device = device, name
+        elif device != self.device[0]:
+            raise self.fail(name, f"on {self.device[0]} like {self.device[1]}", device)
         if value.dim() != len(shape):
-            raise self.fail(name, spelled, f"shape {tuple(value.shape)}")
+            raise self.fail(name, f"[{', '.join(shape)}]", f"shape {tuple(value.shape)}")
         for symbol, size in zip(shape, value.shape, strict=True):
-            known, source = self.sizes.setdefault(symbol, (size, name))
-            if size != known:
-                raise self.fail(
-                    name, f"{spelled} with {symbol} = {known} as in {source}", f"shape {tuple(value.shape)}"
-                )
+            known = self.sizes.get(symbol)
+            if known is None:
+                self.sizes[symbol] = (size, name)
+            elif size != known[0]:
+                must = f"[{', '.join(shape)}] with {symbol} = {known[0]} as in {known[1]}"
+                raise self.fail(name, must, f"shape {tuple(value.shape)}")
         return value
 
     def flag(self, name: str, value: object) -> None:

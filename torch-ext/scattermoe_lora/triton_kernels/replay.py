@@ -67,6 +67,7 @@ class _Program:
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self.steps: list[tuple] = []
         self.views: dict[int, list[tuple[int, int]]] = {}  # entry of a tensor: (entry, offset) of its views
+        self.views_of_inputs: list[tuple[int, list[tuple[int, int]]]] = []
         self.entries: dict[int, int] = {0: 0}  # address: entry; only while recording
         self.roots: dict[int, int] = {}  # entry of a view: that of its tensor; only while recording
         self.allocations: dict[int, tuple] = {}  # entry: shape, strides and dtype; only while recording
@@ -141,6 +142,7 @@ class _Program:
                 self.complete = self.complete and same
             self.outputs.append(entry)
         self._share_memory()
+        self.views_of_inputs = [(entry, views) for entry, views in self.views.items() if entry < self.num_fixed]
         # Where each allocation is used last, so that its memory is free for the next ones.
         dead: dict[int, list[int]] = {}
         for entry, position in self._last_uses().items():
@@ -199,8 +201,8 @@ class _Program:
         tensors: list[Any] = [None] * self.size
         pointers += [None] * (self.size - len(pointers))
         views = self.views
-        for entry in range(1, 1 + len(inputs)):
-            for view, offset in views.get(entry, ()):
+        for entry, of_input in self.views_of_inputs:
+            for view, offset in of_input:
                 pointers[view] = pointers[entry] + offset
         stream = driver.active.get_current_stream(index)
         for kind, entries, what, dead in self.steps:
