@@ -133,13 +133,34 @@ def fsdp(
     yield {"bytes after backward": sum(storage.nbytes() for storage in weights)}
 
 
+def split_model(model: nn.Module, **options: Any) -> Any:
+    """The same model, loaded as a `DistributedConfig` says."""
+    folder = Path(sys.argv[1]).parent / "model"
+    model.save_pretrained(folder)  # type: ignore[operator]
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**options)).train()
+
+
 def expert_parallel_model(**options: Any) -> Any:
     """The tiny model with half of each layer's experts here."""
-    config = DistributedConfig(ep_size=2, **options)
-    folder = Path(sys.argv[1]).parent / "model"
-    tiny_model(FAMILY).save_pretrained(folder)  # by the first process
-    dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).train()
+    return split_model(tiny_model(FAMILY), ep_size=2, **options)
+
+
+def tensor_parallel(kernel: Any) -> Iterator[dict[str, Any]]:
+    """transformers' tensor parallelism: every rank has half of the units of every expert, and all tokens.
+
+    Without LoRA: PEFT 0.21.2 puts none on experts split so.
+    """
+    heads = {"num_key_value_heads": 2}
+    want = train(tiny_model(FAMILY, **heads), [IDS])
+    model = split_model(tiny_model(FAMILY, **heads), tp_size=2)
+    yield {"units of a rank": model.model.layers[0].mlp.experts.down_proj.to_local().shape[-1]}
+    kernel.kernelize(model)
+    yield errors(train(model, [IDS]), want, mean_loss=False)
+    try:
+        wrap(split_model(tiny_model(FAMILY, **heads), tp_size=2), FAMILY)
+    except AttributeError as error:
+        yield {"PEFT refuses": str(error)}
 
 
 def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
@@ -222,6 +243,7 @@ SCENARIOS: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "fsdp layers checkpointed": lambda kernel: fsdp(kernel, torch.float32, lambda layer: [], checkpointing=True),
     "fsdp wrapper": lambda kernel: fsdp(kernel, torch.float32, of_wrapper),
     "fsdp experts": lambda kernel: fsdp(kernel, torch.float32, of_experts),
+    "tp": tensor_parallel,
     "ep masks": lambda kernel: masks(kernel, lora=False),
     "ep masks lora": lambda kernel: masks(kernel, lora=True),
     "ep dispatch": dispatch,

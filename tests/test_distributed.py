@@ -1,4 +1,4 @@
-"""Two processes, gloo, the CPU backend: DDP, accelerate, FSDP2, expert parallelism, ZeRO-3 give one process's numbers.
+"""Two processes, gloo, the CPU: DDP, FSDP2, tensor and expert parallelism, ZeRO-3 give one process's numbers.
 
 The processes run `distributed_worker`, once for all the scenarios of a launch: starting them is most of the time.
 """
@@ -20,7 +20,7 @@ from filelock import FileLock
 
 ENGINES = ["ddp", "accelerate"]
 SHARDED = ["fsdp layers", "fsdp layers bf16", "fsdp layers checkpointed", "fsdp wrapper", "fsdp experts"]
-EXPERT_PARALLEL = ["ep masks", "ep masks lora", "ep dispatch"]
+SPLIT = ["tp", "ep masks", "ep masks lora", "ep dispatch"]
 BOUND = 1e-5
 
 
@@ -54,7 +54,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def results(shared: Path) -> dict[str, dict[str, Any]]:
-    return launch(shared / "engines", [*ENGINES, *SHARDED, *EXPERT_PARALLEL])
+    return launch(shared / "engines", [*ENGINES, *SHARDED, *SPLIT])
 
 
 def check_errors(result: dict[str, Any], losses: int, grads: int) -> None:
@@ -80,6 +80,13 @@ def test_whole_weights_are_not_kept(results, name):
     result = results[name]
     assert result["weights saved"] == (0 if "checkpointed" in name else 4), "both stacks of both layers, by reference"
     assert result["bytes after forward"] == result["bytes after backward"] == 0
+
+
+def test_tensor_parallel(results):
+    """Every parameter trains, the experts' 24 units on two ranks; LoRA on them is what PEFT itself can't."""
+    check_errors(results["tp"], losses=2, grads=2 * 25)
+    assert results["tp"]["units of a rank"] == 12
+    assert "ParamWrapper" in results["tp"]["PEFT refuses"]
 
 
 def test_expert_parallel(results):
