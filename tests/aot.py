@@ -127,7 +127,7 @@ class Compiled:
 # The layers. Sizes are Qwen3-30B-A3B's, with few experts: a tile is chosen from rows per expert.
 
 # At 128 rows an expert, rows enough for a gram in parts.
-NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 40, 8, 2048, 768
+NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 48, 8, 2048, 768
 
 
 class _Tensors:

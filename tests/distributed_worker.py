@@ -136,9 +136,11 @@ def fsdp(
 def split_model(model: nn.Module, **options: Any) -> Any:
     """The same model, loaded as a `DistributedConfig` says."""
     folder = Path(sys.argv[1]).parent / "model"
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)  # type: ignore[operator]  # by the first process
     dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**options)).train()
+    split = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**options)).train()
+    dist.barrier()  # the next one is saved in the same folder
+    return split
 
 
 def expert_parallel_model(**options: Any) -> Any:

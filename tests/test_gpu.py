@@ -155,7 +155,7 @@ def check_sampled_rows(kernel, T: int, H: int, I: int, E: int, r: int) -> None: 
         trained(E, H, r, std=r**-0.5),
     ]
     index = torch.randint(0, E, (T, 1), device="cuda")
-    weights = torch.rand(T, 1, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(T, 1, device="cuda", dtype=torch.bfloat16).requires_grad_()
     rows = torch.cat([torch.arange(50), torch.arange(T - 50, T)]).cuda()
     dout = torch.zeros_like(x, requires_grad=False)
     dout[rows] = 1
@@ -167,11 +167,11 @@ def check_sampled_rows(kernel, T: int, H: int, I: int, E: int, r: int) -> None: 
     out.backward(dout)
     sample = x.detach()[rows].double().requires_grad_()
     wide = [factor.detach().double().requires_grad_() for factor in factors]
-    want = kernel.reference.moe_mlp(
-        sample, up.double(), down.double(), index[rows], weights[rows].double(), **loras(*wide)
-    )
+    of_sample = weights.detach()[rows].double().requires_grad_()
+    want = kernel.reference.moe_mlp(sample, up.double(), down.double(), index[rows], of_sample, **loras(*wide))
     want.backward(torch.ones_like(want))
     assert relative_error(out[rows], want) < 5.5e-3
+    assert relative_error(weights.grad[rows], of_sample.grad) < 5.5e-3
     assert relative_error(x.grad[rows], sample.grad) < 5.5e-3
     for got, factor in zip(factors, wide, strict=True):
         assert relative_error(got.grad, factor.grad) < 5.5e-3
@@ -181,11 +181,14 @@ def check_sampled_rows(kernel, T: int, H: int, I: int, E: int, r: int) -> None: 
 
 def test_output_past_two_to_the_31(kernel):
     """``S * 2I`` beyond 2**31 elements: the output of a product, the rows of a gram."""
+    assert 300_000 * 2 * 4096 > 2**31
     check_sampled_rows(kernel, T=300_000, H=512, I=4096, E=4, r=8)
 
 
-def test_input_past_two_to_the_31(kernel):
-    """``T * H`` beyond 2**31 elements: what is gathered from, forward and backward, and what is combined."""
+def test_input_past_two_to_the_31(kernel, monkeypatch):
+    """``T * H`` beyond 2**31 elements: what is gathered from, forward and backward, scattered to, and combined."""
+    assert 1_100_000 * 2048 > 2**31
+    monkeypatch.setattr(inner(kernel, "ops"), "COMBINE_BYTES", 2**40)  # all columns in one piece
     check_sampled_rows(kernel, T=1_100_000, H=2048, I=64, E=4, r=8)
 
 

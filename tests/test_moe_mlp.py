@@ -86,6 +86,12 @@ def test_clamped_glu(kernel, device, dtype, alpha, limit, shift, is_concatenated
 
 
 @every_device
+def test_more_row_tiles_of_an_expert_than_share_a_sweep(kernel, device):
+    """Tiles have 16 rows, one expert 400, and the outputs several column tiles."""
+    Case(400, 200, 40, 40, 1, 4, dtype=torch.float32, pattern="hot").check(kernel, device)
+
+
+@every_device
 def test_own_activation(kernel, device, dtype):
     """Any differentiable function may stand between the two products: here a gate of interleaved halves."""
 

@@ -125,6 +125,16 @@ def test_layouts(kernel, device, dtype, layout):
     Linear(23, 2, 5, 4, 40, 25, dtype, layout).check(kernel, device)
 
 
+@every_device
+def test_more_row_tiles_of_no_expert_than_share_a_sweep(kernel, device):
+    """Of 400 slots one has an expert, in tiles of 16 rows: the others' outputs and gradients are zeros."""
+    case = Linear(400, 1, 40, 4, 40, 200, torch.float32)
+    case.ids[:] = 40
+    case.ids[5] = 3
+    case.order = torch.sort(case.ids.reshape(-1), stable=True).indices
+    case.check(kernel, device)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.replace(" ", "-") or "plain")
 def test_layouts_without_lora(kernel, device, dtype, layout):
     Linear(63, 2, 5, 0, 41, 24, dtype, layout).check(kernel, device)

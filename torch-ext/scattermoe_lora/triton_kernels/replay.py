@@ -21,7 +21,7 @@ from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
 # Bytes up to which what a replay allocates for itself is one allocation: each costs an H200's host 3 us, and so a step
-# of 512 tokens has 15 instead of 27. Larger ones are freed as soon as they are used.
+# of few tokens has 15 instead of 21. Larger ones are freed as soon as they are used.
 SHARED_BYTES = 64 * 2**20
 ALIGNMENT = 256
 

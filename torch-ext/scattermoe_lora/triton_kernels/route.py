@@ -1,4 +1,4 @@
-"""Route: expert ids to grouped order by a stable counting sort, and the schedule of row tiles, all on the GPU."""
+"""Route: expert ids to grouped order by a stable sort, by rank for few slots, else by counting, and the schedule of row tiles, all on the GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from .launch import call, empty, launch
 # Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
 # registers a thread.
 BLOCK = 128
-# Slots up to which one kernel sorts, comparing each with all, where the host would take longer to launch four. It
+# Slots up to which one kernel sorts, comparing each with all, instead of four: a guess, not timed on a GPU yet. It
 # compares BLOCK with OTHERS at a time: with 128 it spilled 1488 bytes a thread on sm_80 with Triton 3.6.
-FEW, OTHERS = 4096, 32
+FEW, OTHERS = 2048, 32
 # Experts counted in one step: bounds the BLOCK x EXPERTS comparison likewise.
 EXPERTS = 128
 
 
 @triton.jit
 def _expert_ids(ids_ptr, slots, num_slots, num_experts):
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=0).to(tl.int32)
-    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    # Compared before it is cut to 32 bits: 2**32 is nobody's, not expert 0's.
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=0)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
 # Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16: that comes and goes with it.
