@@ -7,8 +7,10 @@
     python scripts/scaling.py --device cpu --size tiny               the same with gloo: that it runs, not how fast
 
 Every process has its own tokens, so twice the processes do twice the work: efficiency is the time of one process by
-that of several. Layers are those of Qwen3-30B-A3B in bfloat16, frozen, with fp32 adapters of rank 16 on both
-projections of the experts. Without a GPU it says so loudly and does nothing.
+that of several. The first step's loss and gradients are compared with those of one process that has all the tokens,
+which every process computes first, unsharded: the relative errors of the loss, and of all gradients together. Layers
+are those of Qwen3-30B-A3B in bfloat16, frozen, with fp32 adapters of rank 16 on both projections of the experts.
+Without a GPU it says so loudly and does nothing.
 """
 
 from __future__ import annotations

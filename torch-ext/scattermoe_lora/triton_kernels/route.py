@@ -1,4 +1,4 @@
-"""Route: expert ids to grouped order by a stable sort, by rank for few slots, else by counting, and the schedule of row tiles, all on the GPU."""
+"""Route: expert ids to grouped order by a stable sort, and the schedule of row tiles, all on the GPU."""
 
 from __future__ import annotations
 
