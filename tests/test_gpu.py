@@ -81,6 +81,41 @@ def test_replay(kernel, options):
     assert len(known) > 0 and set(programs) == known
 
 
+HOPPER = {
+    "frozen base": {"frozen": BASE, "adapter_dtype": torch.float32},
+    "gpt-oss": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    "no LoRA": {"r": 0, "dtype": torch.float16},
+    "rank 8, odd depths": {"r": 8, "H": 336, "I": 344},
+    "rank 48": {"r": 48, "H": 256, "I": 264, "k": 1},
+    "rank 200": {"r": 200, "frozen": BASE},
+}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("options", HOPPER.values(), ids=HOPPER)
+def test_hopper_kernel(kernel, options, monkeypatch):
+    """Hopper's grouped GEMM is used, is right, and has the very bits of the general one; experts with few rows too."""
+    gemm, replay = inner(kernel, "triton_kernels.grouped_gemm"), inner(kernel, "triton_kernels.replay")
+    hopper = inner(kernel, "triton_kernels.hopper_gemm")
+    sizes = {"T": 1100, "H": 512, "I": 320, "E": 8, "k": 2, "r": 16, "dtype": torch.bfloat16}
+    case = Case(**(sizes | options), home=torch.device("cuda"))
+    # One expert has 60 % of the tokens, one none, others fewer rows than half a tile.
+    case.top_k_index[torch.rand(case.top_k_index.shape, device="cuda") < 0.6] = 3
+    case.top_k_index[case.top_k_index == 5] = 1
+    used = []
+    original = hopper.hopper_gemm
+    monkeypatch.setattr(hopper, "hopper_gemm", lambda *a, **k: used.append(original(*a, **k)) or used[-1])
+    replay._programs.clear()
+    got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
+    assert used and all(used)
+    replay._programs.clear()
+    monkeypatch.setattr(gemm, "_hopper", lambda architecture: None)
+    want = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_replay_in_pieces(kernel, monkeypatch):
     """Columns of a weight and of the output are views, which a replay finds at other addresses too."""
     ops = inner(kernel, "ops")

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# A descriptor is Triton's or Gluon's, which have the same fields and, in Gluon's, a layout.
 Operand: TypeAlias = Tensor | TensorDescriptor | None
 
 _compiled: dict[tuple, Any] = {}
@@ -126,7 +127,7 @@ def launch(
 
 def _stand_in(operand: Operand) -> Operand:
     """What Triton compiles the same for as for an operand, and that holds none of its memory."""
-    if isinstance(operand, TensorDescriptor):
+    if operand is not None and not isinstance(operand, Tensor):
         return replace(operand, base=operand.base.new_empty(0))
     if operand is None or operand.data_ptr() % 16 or (ON_HIP and operand.untyped_storage().size() >= 2**31):
         return operand

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
 
@@ -40,20 +39,20 @@ class _Address:
         return self.pointer
 
 
-class _Descriptor(TensorDescriptor):
+def _descriptor(kind: type, fields: dict[str, Any], pointer: int) -> Any:
     """A tensor descriptor that was checked when it was recorded, at another address."""
-
-    def __init__(self, fields: dict[str, Any], pointer: int) -> None:
-        self.__dict__.update(fields)
-        self.base = _Address(pointer)
+    descriptor: Any = object.__new__(kind)
+    descriptor.__dict__.update(fields)
+    descriptor.base = _Address(pointer)
+    return descriptor
 
 
 def _arguments(get: Callable, descriptors: tuple, tail: tuple, pointers: list) -> tuple:
     arguments = get(pointers)
     if descriptors:
         arguments = list(arguments)
-        for place, fields in descriptors:
-            arguments[place] = _Descriptor(fields, arguments[place])
+        for place, kind, fields in descriptors:
+            arguments[place] = _descriptor(kind, fields, arguments[place])
     return (*arguments, *tail)
 
 
@@ -124,12 +123,12 @@ class _Program:
     def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None:
         entries, descriptors = [], []
         for place, operand in enumerate(operands):
-            if isinstance(operand, TensorDescriptor):
+            if operand is None or isinstance(operand, Tensor):
+                entries.append(0 if operand is None else self._entry(operand.data_ptr()))
+            else:
                 entries.append(self._entry(operand.base.data_ptr()))
                 fields = {name: value for name, value in operand.__dict__.items() if name != "base"}
-                descriptors.append((place, fields))
-            else:
-                entries.append(0 if operand is None else self._entry(operand.data_ptr()))
+                descriptors.append((place, type(operand), fields))
         prepare = functools.partial(_arguments, itemgetter(*entries), tuple(descriptors), tail)
         self.steps.append(("launch", tuple(entries), (compiled, grid, prepare)))
 
