@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -95,25 +96,34 @@ HOPPER = {
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 @pytest.mark.parametrize("options", HOPPER.values(), ids=HOPPER)
-def test_hopper_kernel(kernel, options, monkeypatch):
-    """Hopper's grouped GEMM is used, is right, and has the very bits of the general one; experts with few rows too."""
-    gemm, replay = inner(kernel, "triton_kernels.grouped_gemm"), inner(kernel, "triton_kernels.replay")
-    hopper = inner(kernel, "triton_kernels.hopper_gemm")
+def test_hopper_kernels(kernel, options, monkeypatch):
+    """Hopper's own kernels are used, right, and have the general ones' very bits; experts with few rows or none too."""
+    replay = inner(kernel, "triton_kernels.replay")
     sizes = {"T": 1100, "H": 512, "I": 320, "E": 8, "k": 2, "r": 16, "dtype": torch.bfloat16}
     case = Case(**(sizes | options), home=torch.device("cuda"))
     # One expert has 60 % of the tokens, one none, others fewer rows than half a tile.
     case.top_k_index[torch.rand(case.top_k_index.shape, device="cuda") < 0.6] = 3
     case.top_k_index[case.top_k_index == 5] = 1
-    used = []
-    original = hopper.hopper_gemm
-    monkeypatch.setattr(hopper, "hopper_gemm", lambda *a, **k: used.append(original(*a, **k)) or used[-1])
+    used = {}
+    for name in ("hopper_gemm", "hopper_gram"):
+        module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+        answers, original = used.setdefault(name, []), getattr(module, name)
+
+        def call(*args, answers=answers, original=original, **layout):
+            answers.append(original(*args, **layout))
+            return answers[-1]
+
+        monkeypatch.setattr(module, name, call)
     replay._programs.clear()
     got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
-    assert used and all(used)
+    assert used["hopper_gemm"] and all(used["hopper_gemm"])
+    assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
     replay._programs.clear()
-    monkeypatch.setattr(gemm, "_hopper", lambda architecture: None)
+    for name in ("grouped_gemm", "gram"):
+        monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
     want = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    unequal = [name for name in want if not torch.equal(got[name], want[name])]
+    assert not unequal
 
 
 def test_replay_in_pieces(kernel, monkeypatch):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 from torch import Tensor
 
 from ..tiles import Gpu
+
+# Tritons that Hopper's own kernels compile with: Gluon changes, and 3.8 reads no smaller block in a stage.
+HOPPER_TRITON = ("3.6", "3.7", "3.9")
 
 
 @functools.cache
@@ -26,3 +30,9 @@ def _gpu(device_type: str, index: int | None) -> Gpu:
 def gpu(tensor: Tensor) -> Gpu:
     """The tensor's GPU, looked up once."""
     return _gpu(tensor.device.type, tensor.device.index)
+
+
+@functools.cache
+def has_hopper_kernels(architecture: str) -> bool:
+    """Whether the kernels in `hopper_gemm` and `hopper_gram` can be used."""
+    return architecture == "sm_90" and ".".join(triton.__version__.split(".")[:2]) in HOPPER_TRITON

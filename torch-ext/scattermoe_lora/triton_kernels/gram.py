@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import gpu
+from .device import gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import operand_rows
 
@@ -19,6 +19,8 @@ CHUNK = 2048
 # Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
 # one expert, and fewer rows are summed before the host has launched another kernel.
 NARROW, CHUNKED = 64, 2 * CHUNK
+# The least rows and columns of the output for which Hopper's own kernel is used: its tile is 128 x 256.
+HOPPER_COLUMNS = 256
 
 
 @triton.jit
@@ -139,6 +141,12 @@ def gram(
     num_experts, P, Q = out.shape
     if out.numel() == 0:
         return out
+    wide = min(P, Q) >= HOPPER_COLUMNS and row_weights is None and left.element_size() == 2
+    if right is not None and wide and has_hopper_kernels(gpu(left).architecture):
+        from .hopper_gram import hopper_gram
+
+        if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
+            return out
     num_slots = routing.num_slots
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.

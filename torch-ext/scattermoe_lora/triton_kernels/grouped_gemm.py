@@ -9,8 +9,6 @@ and what they give is not stored. Only the K dimension, which a product sums ove
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,16 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tiles
 from ..types import Routing
-from .device import gpu
+from .device import gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_tile, tile_rows
 
 # Row tiles of an expert that share a sweep over the columns; see `scheduled_tile`.
 GROUP_M = 16
-# The least columns for which the Hopper kernel is used: it multiplies 256 of them at a time.
+# The least columns for which Hopper's own kernel is used: it multiplies 256 of them at a time.
 HOPPER_COLUMNS = 256
-# Tritons that the Hopper kernel compiles with: Gluon changes, and 3.8 reads no smaller block in a stage.
-HOPPER_TRITON = ("3.6", "3.7", "3.9")
 
 
 @triton.jit
@@ -201,16 +197,6 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     return weight, ""
 
 
-@functools.cache
-def _hopper(architecture: str) -> ModuleType | None:
-    """The module of the Hopper kernel, where it can be used."""
-    if architecture != "sm_90" or ".".join(triton.__version__.split(".")[:2]) not in HOPPER_TRITON:
-        return None
-    from . import hopper_gemm
-
-    return hopper_gemm
-
-
 def grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -234,10 +220,11 @@ def grouped_gemm(
         return out
     row_tile = tiles.block_m(num_slots, num_experts)
     wide = row_tile == 128 and N >= HOPPER_COLUMNS and x.element_size() == 2
-    hopper = _hopper(gpu(x).architecture) if wide and not zero_tail else None
-    if hopper is not None:
+    if wide and not zero_tail and has_hopper_kernels(gpu(x).architecture):
+        from .hopper_gemm import hopper_gemm
+
         layout = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "group_m": GROUP_M}
-        if hopper.hopper_gemm(x, weight, routing, out, **layout, z=z, expand=expand, bias=bias):
+        if hopper_gemm(x, weight, routing, out, **layout, z=z, expand=expand, bias=bias):
             return out
     tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]

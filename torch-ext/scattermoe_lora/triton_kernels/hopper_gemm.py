@@ -8,15 +8,12 @@ cycles for 71. Gluon, as Triton itself leaves gathered rows in one group of warp
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -25,56 +22,33 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import tiles
 from ..types import Routing
 from .device import gpu
+from .hopper import (
+    COLUMNS,
+    COPIES,
+    DEPTH,
+    REGISTERS,
+    ROWS,
+    STAGES,
+    STORES,
+    block,
+    descriptor,
+    load_block,
+    load_rows,
+    matrix,
+    next_stage,
+    rows_arrive,
+)
 from .launch import launch
 from .rows import operand_rows, scheduled_tile
-
-# Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
-ROWS, COLUMNS, DEPTH = 128, 256, 64
-# Stages of the ring. With four, processors that share a weight block drift apart: 1.82 GB read from memory for 1.24,
-# and 4 % slower.
-STAGES = 3
-# Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left.
-REGISTERS = 216
-
-# What Triton 3.9 calls otherwise.
-_load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-_rows_arrive = async_copy.mbarrier_arrive
-_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _block(stage, descriptor):
-    """A stage's memory as what a descriptor loads."""
-    if _REINTERPRET:
-        return stage.reinterpret(stage.dtype, descriptor.block_type.shape, descriptor.layout)
-    else:
-        return stage._reinterpret(stage.dtype, descriptor.block_type.shape, descriptor.layout)
-
-
-@gluon.jit
-def _matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A stage's memory as a matrix, its columns contiguous."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], stage.dtype)
-    if _REINTERPRET:
-        return stage.reinterpret(stage.dtype, [ROWS, COLUMNS], layout)
-    else:
-        return stage._reinterpret(stage.dtype, [ROWS, COLUMNS], layout)
 
 
 @gluon.jit
 def _weights(stage, CONTIGUOUS: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr):
     """A stage's memory as weights ``[DEPTH, COLUMNS]``, whichever of the two is contiguous."""
     if CONTIGUOUS == "k":
-        return _matrix(stage, COLUMNS, DEPTH).permute((1, 0))
+        return matrix(stage, COLUMNS, DEPTH).permute((1, 0))
     else:
-        return _matrix(stage, DEPTH, COLUMNS)
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+        return matrix(stage, DEPTH, COLUMNS)
 
 
 @gluon.jit
@@ -96,9 +70,8 @@ def _load(
     HALF: gl.constexpr = BLOCK_M // 2
     dtype: gl.constexpr = w.dtype
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    copies: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    kk = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, copies))
-    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, copies))
+    kk = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, COPIES))
+    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, COPIES))
     stage = 0
     phase = 1
     num_column_tiles = gl.cdiv(N, BLOCK_N)
@@ -121,60 +94,52 @@ def _load(
                 mbarrier.expect(barrier, BLOCK_N * BLOCK_K * BYTES)
             else:
                 _expect(barrier, both, BLOCK_N * BLOCK_K * BYTES, HALF * BLOCK_K * BYTES)
-            b = _block(b_ring.index(stage), w)
+            b = block(b_ring.index(stage), w)
             if W_TMA == "k":
-                _load_block(w, [expert, n, k], barrier, b)
+                load_block(w, [expert, n, k], barrier, b)
             else:
-                _load_block(w, [expert, k, n], barrier, b)
+                load_block(w, [expert, k, n], barrier, b)
             if GATHERED:
                 inside_0 = mask_0[:, None]
                 inside_1 = mask_1[:, None]
                 if not EVEN_K:
                     inside_0 = inside_0 & (kk < K - k)[None, :]
                     inside_1 = inside_1 & (kk < K - k)[None, :]
-                _load_rows(a_ring.index(2 * stage), x_0 + k, mask=inside_0)
+                load_rows(a_ring.index(2 * stage), x_0 + k, mask=inside_0)
                 if both:
-                    _load_rows(a_ring.index(2 * stage + 1), x_1 + k, mask=inside_1)
-                _rows_arrive(barrier, increment_count=False)
+                    load_rows(a_ring.index(2 * stage + 1), x_1 + k, mask=inside_1)
+                rows_arrive(barrier, increment_count=False)
             else:
-                _load_block(x, [first_row, k], barrier, a_ring.index(2 * stage))
-                _load_block(x, [first_row + HALF, k], barrier, a_ring.index(2 * stage + 1), pred=both)
-            stage, phase = _next(stage, phase, STAGES)
+                load_block(x, [first_row, k], barrier, a_ring.index(2 * stage))
+                load_block(x, [first_row + HALF, k], barrier, a_ring.index(2 * stage + 1), pred=both)
+            stage, phase = next_stage(stage, phase, STAGES)
         for step in gl.static_range(LORA_STEPS):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
             _expect(barrier, both, BLOCK_N * BLOCK_R * BYTES, HALF * BLOCK_R * BYTES)
-            b = _block(b_ring.index(stage), expand)
+            b = block(b_ring.index(stage), expand)
             if EXPAND_TMA == "k":
-                _load_block(expand, [expert, n, step * BLOCK_R], barrier, b)
+                load_block(expand, [expert, n, step * BLOCK_R], barrier, b)
             else:
-                _load_block(expand, [expert, step * BLOCK_R, n], barrier, b)
-            _load_block(z, [first_row, step * BLOCK_R], barrier, _block(a_ring.index(2 * stage), z))
-            z_1 = _block(a_ring.index(2 * stage + 1), z)
-            _load_block(z, [first_row + HALF, step * BLOCK_R], barrier, z_1, pred=both)
+                load_block(expand, [expert, step * BLOCK_R, n], barrier, b)
+            load_block(z, [first_row, step * BLOCK_R], barrier, block(a_ring.index(2 * stage), z))
+            z_1 = block(a_ring.index(2 * stage + 1), z)
+            load_block(z, [first_row + HALF, step * BLOCK_R], barrier, z_1, pred=both)
             if GATHERED:
-                _rows_arrive(barrier, increment_count=False)
-            stage, phase = _next(stage, phase, STAGES)
+                rows_arrive(barrier, increment_count=False)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
 def _multiply(
     bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be, stride_bn,
-    PART: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr, OUT_SCATTERED: gl.constexpr,
-    LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
+    OUT_SCATTERED: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    # 16 bytes a thread, and no rows but those that the warp multiplied.
-    stores: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[HALF, BLOCK_N],
-    )
     stage = 0
     phase = 0
     num_column_tiles = gl.cdiv(N, BLOCK_N)
@@ -182,7 +147,7 @@ def _multiply(
         expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
         first_row += HALF * PART
         if first_row < end:
-            rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, stores))
+            rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
             mask = rows < end
             rows = rows.to(gl.int64)
             if OUT_SCATTERED:
@@ -191,35 +156,37 @@ def _multiply(
             previous = 0  # not `stage`: two names of one value, and the compiler carries neither through the loop
             for k in range(0, K, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
+                if GATHERED:
+                    fence_async_shared()  # what threads copied, for what a product reads; no slower
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
                 acc = warpgroup_mma(a_ring.index(2 * stage + PART), b, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(empty.index(previous), pred=k > 0)
                 previous = stage
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
             for _step in gl.static_range(LORA_STEPS):
                 mbarrier.wait(full.index(stage), phase)
-                z = _matrix(a_ring.index(2 * stage + PART), HALF, BLOCK_R)
+                z = matrix(a_ring.index(2 * stage + PART), HALF, BLOCK_R)
                 b = _weights(b_ring.index(stage), EXPAND_TMA, BLOCK_R, BLOCK_N)
                 acc = warpgroup_mma(z, b, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(empty.index(previous))
                 previous = stage
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(previous))
             if HAS_BIAS:
                 column = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
                 acc += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
-            n = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, stores))
-            y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), stores)
+            n = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORES))
+            y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
             gl.store(out_ptr + rows[:, None] * N + n[None, :], y, mask=mask[:, None] & (n < N)[None, :])
         else:
             for _ in range(gl.cdiv(K, BLOCK_K) + LORA_STEPS):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage))
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -270,16 +237,16 @@ def _hopper_gemm_kernel(
                 _multiply,
                 (
                     bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS, GROUP_M, STAGES,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
+                    stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS,
+                    GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
                 _multiply,
                 (
                     bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 1, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS, GROUP_M, STAGES,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
+                    stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS,
+                    GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
@@ -296,23 +263,12 @@ def _hopper_gemm_kernel(
     )  # fmt: skip
 
 
-def _descriptor(tensor: Tensor, block: list[int], contiguous: int = -1) -> TensorDescriptor | None:
-    """A tensor for TMA, its contiguous dimension last; None if TMA can't read it."""
-    order = [dim for dim in range(tensor.dim()) if dim != contiguous % tensor.dim()] + [contiguous]
-    shape, strides = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
-    size = tensor.element_size()
-    if strides[-1] != 1 or tensor.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
-        return None
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor(tensor, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
-
-
 def _stack(stack: Tensor, depth: int) -> tuple[TensorDescriptor | None, str]:
     """A stack ``[E, depth, columns]`` for TMA, and which of the two is contiguous: "k", "n", or "" for neither."""
-    by_depth = _descriptor(stack, [1, COLUMNS, depth], contiguous=1)
+    by_depth = descriptor(stack, [1, COLUMNS, depth], contiguous=1)
     if by_depth is not None:
         return by_depth, "k"
-    by_columns = _descriptor(stack, [1, depth, COLUMNS])
+    by_columns = descriptor(stack, [1, depth, COLUMNS])
     return by_columns, "n" if by_columns is not None else ""
 
 
@@ -338,12 +294,12 @@ def hopper_gemm(
     x_block = z_block = expand_block = None
     expand_tma = ""
     if x_fan_out == 0:
-        x_block = _descriptor(x, [ROWS // 2, DEPTH])
+        x_block = descriptor(x, [ROWS // 2, DEPTH])
         readable = x_block is not None
     else:
         readable = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     if z is not None and expand is not None:
-        z_block = _descriptor(z, [ROWS // 2, block_r])
+        z_block = descriptor(z, [ROWS // 2, block_r])
         expand_block, expand_tma = _stack(expand, block_r)
         readable = readable and z_block is not None and expand_block is not None
     if not readable or w is None or x.dtype != weight.dtype:

@@ -1,0 +1,242 @@
+"""A wide gram on Hopper, the gradient of a base weight, by specialised warps: see `hopper_gemm`.
+
+One operand's rows are gathered, so its blocks are copied by address, the other's are loaded by TMA but for an expert's
+last rows, which both copy: rows of the next expert, or of none, would be multiplied by zeros but may hold a NaN.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import tiles
+from ..types import Routing
+from .device import gpu
+from .hopper import (
+    COLUMNS,
+    COPIES,
+    DEPTH,
+    REGISTERS,
+    ROWS,
+    STAGES,
+    STORES,
+    descriptor,
+    load_block,
+    load_rows,
+    next_stage,
+    rows_arrive,
+)
+from .launch import launch
+from .rows import operand_rows
+
+
+@gluon.jit
+def _gram_tile(offsets_ptr, tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """``(expert, its first row, end of its rows, first row and first column of the output)``.
+
+    All tiles of an expert after one another: its rows are then read from memory once, and from L2 for the others.
+    """
+    row_tiles = gl.cdiv(M, BLOCK_M)
+    per_expert = row_tiles * gl.cdiv(N, BLOCK_N)
+    expert, within = tile // per_expert, tile % per_expert
+    start = gl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(gl.int32)
+    end = gl.load(offsets_ptr + expert).to(gl.int32)
+    return expert, start, end, (within % row_tiles) * BLOCK_M, (within // row_tiles) * BLOCK_N
+
+
+@gluon.jit
+def _copy(ptr, rows, slots, mask, stride, first_column, columns, memory, FAN_OUT: gl.constexpr, WIDTH: gl.constexpr):
+    """WIDTH columns of an operand's rows, zeros past the mask and past its columns."""
+    column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIES))
+    address = ptr + (operand_rows(rows.to(gl.int64), slots, FAN_OUT) * stride)[:, None] + column[None, :]
+    load_rows(memory, address, mask=mask[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
+def _load(
+    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty,
+    num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT: gl.constexpr, RIGHT_FAN_OUT: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    BYTES: gl.constexpr = a_ring.dtype.primitive_bitwidth // 8
+    LOADED: gl.constexpr = (
+        BLOCK_K * BYTES * ((BLOCK_M if LEFT_FAN_OUT == 0 else 0) + (BLOCK_N if RIGHT_FAN_OUT == 0 else 0))
+    )
+    row = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, COPIES))
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        _expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
+        slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
+        for first in range(start, end, BLOCK_K):
+            mbarrier.wait(empty.index(stage), phase)
+            barrier = full.index(stage)
+            rows = first + row
+            mask = rows < end
+            whole = first + BLOCK_K <= end
+            mbarrier.expect(barrier, LOADED, pred=whole)
+            mbarrier.arrive(barrier, pred=whole == 0)
+            a_0 = a_ring.index(2 * stage)
+            a_1 = a_ring.index(2 * stage + 1)
+            b = b_ring.index(stage)
+            if LEFT_FAN_OUT == 0:
+                load_block(left, [first, m], barrier, a_0, pred=whole)
+                load_block(left, [first, m + HALF], barrier, a_1, pred=whole)
+            if RIGHT_FAN_OUT == 0:
+                load_block(right, [first, n], barrier, b, pred=whole)
+            if LEFT_FAN_OUT > 0 or whole == 0:
+                _copy(left_ptr, rows, slots, mask, stride_lm, m, M, a_0, LEFT_FAN_OUT, HALF)
+                _copy(left_ptr, rows, slots, mask, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, HALF)
+            if RIGHT_FAN_OUT > 0 or whole == 0:
+                _copy(right_ptr, rows, slots, mask, stride_rm, n, N, b, RIGHT_FAN_OUT, BLOCK_N)
+            rows_arrive(barrier, increment_count=False)
+            slots = gl.load(scattered_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _multiply(
+    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om,
+    PART: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: the first (PART 0) or second half of every tile's rows."""
+    HALF: gl.constexpr = BLOCK_M // 2
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
+        acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
+        previous = 0  # not `stage`: see `hopper_gemm`
+        for first in range(start, end, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            fence_async_shared()
+            a = a_ring.index(2 * stage + PART).permute((1, 0))
+            acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(previous), pred=first > start)
+            previous = stage
+            stage, phase = next_stage(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(previous), pred=end > start)
+        rows = m + HALF * PART + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
+        columns = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORES))
+        out = out_ptr + expert.to(gl.int64) * stride_oe + rows.to(gl.int64)[:, None] * stride_om + columns[None, :]
+        y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
+        gl.store(out, y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@gluon.jit
+def _hopper_gram_kernel(
+    left_ptr,
+    left,
+    right_ptr,
+    right,
+    out_ptr,
+    offsets_ptr,
+    scattered_ptr,
+    num_tiles,
+    M,
+    N,
+    stride_lm,
+    stride_rm,
+    stride_oe,
+    stride_om,
+    LEFT_FAN_OUT: gl.constexpr,
+    RIGHT_FAN_OUT: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+):
+    dtype: gl.constexpr = left_ptr.dtype.element_ty
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_M // 2], dtype)
+    b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N], dtype)
+    a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_M // 2], a_layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        # Full: by what TMA loads, and by each loading thread. Empty: by both halves.
+        mbarrier.init(full.index(stage), count=129)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om, 0,
+                    STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om, 1,
+                    STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                ),
+            ),
+            (
+                _load,
+                (
+                    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty,
+                    num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT, RIGHT_FAN_OUT, STAGES, BLOCK_M, BLOCK_N,
+                    BLOCK_K,
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, 504 - 2 * REGISTERS],
+    )  # fmt: skip
+
+
+def hopper_gram(
+    left: Tensor, right: Tensor, routing: Routing, out: Tensor, *, left_fan_out: int, right_fan_out: int
+) -> bool:
+    """`gram` without row weights; False, and nothing done, where operands are not what this kernel reads."""
+    if out.stride(2) != 1:  # its columns are to be contiguous: the transposed product
+        left, right, out = right, left, out.mT
+        left_fan_out, right_fan_out = right_fan_out, left_fan_out
+    num_experts, M, N = out.shape
+    left_block = descriptor(left, [DEPTH, ROWS // 2])
+    right_block = descriptor(right, [DEPTH, COLUMNS])
+    # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
+    readable = left_block is not None and right_block is not None and out.stride(2) == 1
+    if not readable or any(n % 16 for n in (M, N, left.stride(0), right.stride(0))) or left.dtype != right.dtype:
+        return False
+    num_tiles = num_experts * tiles.cdiv(M, ROWS) * tiles.cdiv(N, COLUMNS)
+    launch(
+        _hopper_gram_kernel,
+        (min(num_tiles, gpu(out).processors), 1),
+        (
+            left,
+            left_block if left_fan_out == 0 else None,
+            right,
+            right_block if right_fan_out == 0 else None,
+            out,
+            routing.expert_offsets,
+            routing.scattered_idxs,
+        ),
+        (num_tiles, M, N, left.stride(0), right.stride(0), out.stride(0), out.stride(1)),
+        4,
+        STAGES,
+        LEFT_FAN_OUT=left_fan_out,
+        RIGHT_FAN_OUT=right_fan_out,
+        STAGES=STAGES,
+        REGISTERS=REGISTERS,
+        BLOCK_M=ROWS,
+        BLOCK_N=COLUMNS,
+        BLOCK_K=DEPTH,
+    )
+    return True
