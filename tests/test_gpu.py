@@ -97,7 +97,7 @@ HOPPER = {
 )
 @pytest.mark.parametrize("options", HOPPER.values(), ids=HOPPER)
 def test_hopper_kernels(kernel, options, monkeypatch):
-    """Hopper's own kernels are used, right, and have the general ones' very bits; experts with few rows or none too."""
+    """Hopper's own kernels are used, right, and give the general ones' bits; experts with few rows or none too."""
     replay = inner(kernel, "triton_kernels.replay")
     sizes = {"T": 1100, "H": 512, "I": 320, "E": 8, "k": 2, "r": 16, "dtype": torch.bfloat16}
     case = Case(**(sizes | options), home=torch.device("cuda"))

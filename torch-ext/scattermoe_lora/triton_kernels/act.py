@@ -65,7 +65,7 @@ def _act_kernel(
     tile = tl.program_id(0) // parts
     if tile >= tl.load(tiles_ptr):
         return
-    expert, first_row, end = tile_entry(tiles_ptr, tile)
+    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
     first_row += (tl.program_id(0) % parts) * BLOCK_M
     if first_row >= end:
         return
@@ -116,7 +116,7 @@ def _act_grad_kernel(
     # Rows of no expert are visited where something is to be zeroed.
     if tile >= tl.load(tiles_ptr + (1 if ZERO_TAIL or STORE_DOT else 0)):
         return
-    expert, first_row, end = tile_entry(tiles_ptr, tile)
+    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
     first_row += (tl.program_id(0) % parts) * BLOCK_M
     if first_row >= end:
         return

@@ -15,7 +15,7 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64
 # and 4 % slower.
 STAGES = 3
 # Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left.
-REGISTERS = 216
+REGISTERS = 224
 
 # What Triton 3.9 calls otherwise.
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -59,6 +59,15 @@ def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 def next_stage(stage, phase, STAGES: gl.constexpr):
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def store(out_ptr, y, rows, count, first_column, columns):
+    """A warpgroup's 64 rows, the first ``count`` of them, where ``rows`` says that they begin."""
+    column = first_column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, STORES))
+    row = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORES))
+    mask = (row < count)[:, None] & (column < columns)[None, :]
+    gl.store(out_ptr + rows[:, None] + column[None, :], y, mask=mask)
 
 
 def descriptor(tensor: Tensor, block: list[int], contiguous: int = -1) -> TensorDescriptor | None:

@@ -37,6 +37,7 @@ from .hopper import (
     matrix,
     next_stage,
     rows_arrive,
+    store,
 )
 from .launch import launch
 from .rows import operand_rows, scheduled_tile
@@ -142,6 +143,11 @@ def _multiply(
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
+    # A tile's output is stored while the next one is multiplied.
+    y = gl.zeros((HALF, BLOCK_N), out_ptr.dtype.element_ty, layout=STORES)
+    y_rows = gl.zeros((HALF,), gl.int64, layout=gl.SliceLayout(1, STORES))
+    y_count = 0
+    y_column = 0
     num_column_tiles = gl.cdiv(N, BLOCK_N)
     for tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
         expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
@@ -153,15 +159,23 @@ def _multiply(
             if OUT_SCATTERED:
                 rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
             acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-            previous = 0  # not `stage`: two names of one value, and the compiler carries neither through the loop
-            for k in range(0, K, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            if GATHERED:
+                fence_async_shared()  # what threads copied, for what a product reads; no slower
+            b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
+            acc = warpgroup_mma(a_ring.index(2 * stage + PART), b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])  # waits for none: it is the only one
+            store(out_ptr, y, y_rows * N, y_count, y_column, N)
+            previous = stage
+            stage, phase = next_stage(stage, phase, STAGES)
+            for _k in range(BLOCK_K, K, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
                 if GATHERED:
-                    fence_async_shared()  # what threads copied, for what a product reads; no slower
+                    fence_async_shared()
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
                 acc = warpgroup_mma(a_ring.index(2 * stage + PART), b, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index(previous), pred=k > 0)
+                mbarrier.arrive(empty.index(previous))
                 previous = stage
                 stage, phase = next_stage(stage, phase, STAGES)
             for _step in gl.static_range(LORA_STEPS):
@@ -179,14 +193,16 @@ def _multiply(
                 column = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
                 acc += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
-            n = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORES))
             y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
-            gl.store(out_ptr + rows[:, None] * N + n[None, :], y, mask=mask[:, None] & (n < N)[None, :])
+            y_rows = rows
+            y_count = end - first_row
+            y_column = column_tile * BLOCK_N
         else:
             for _ in range(gl.cdiv(K, BLOCK_K) + LORA_STEPS):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
+    store(out_ptr, y, y_rows * N, y_count, y_column, N)
 
 
 @gluon.jit

@@ -32,6 +32,7 @@ from .hopper import (
     load_rows,
     next_stage,
     rows_arrive,
+    store,
 )
 from .launch import launch
 from .rows import operand_rows
@@ -52,54 +53,77 @@ def _gram_tile(offsets_ptr, tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.const
 
 
 @gluon.jit
-def _copy(ptr, rows, slots, mask, stride, first_column, columns, memory, FAN_OUT: gl.constexpr, WIDTH: gl.constexpr):
-    """WIDTH columns of an operand's rows, zeros past the mask and past its columns."""
+def _copy(
+    ptr, rows, slots, mask, stride, first_column, columns, memory,
+    FAN_OUT: gl.constexpr, EVEN: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of an operand's rows; zeros past the mask, if there is one, and past its columns."""
     column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIES))
     address = ptr + (operand_rows(rows.to(gl.int64), slots, FAN_OUT) * stride)[:, None] + column[None, :]
-    load_rows(memory, address, mask=mask[:, None] & (column < columns)[None, :])
+    if mask is not None:
+        inside = mask[:, None]
+        if not EVEN:
+            inside = inside & (column < columns)[None, :]
+        load_rows(memory, address, mask=inside)
+    elif EVEN:
+        load_rows(memory, address)
+    else:
+        load_rows(memory, address, mask=(column < columns)[None, :])
 
 
 @gluon.jit
 def _load(
-    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty,
-    num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT: gl.constexpr, RIGHT_FAN_OUT: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty, num_tiles, M, N,
+    stride_lm, stride_rm, LEFT_FAN_OUT: gl.constexpr, RIGHT_FAN_OUT: gl.constexpr, EVEN_M: gl.constexpr,
+    EVEN_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
     HALF: gl.constexpr = BLOCK_M // 2
     BYTES: gl.constexpr = a_ring.dtype.primitive_bitwidth // 8
-    LOADED: gl.constexpr = (
-        BLOCK_K * BYTES * ((BLOCK_M if LEFT_FAN_OUT == 0 else 0) + (BLOCK_N if RIGHT_FAN_OUT == 0 else 0))
-    )
+    BY_TMA: gl.constexpr = (BLOCK_M if LEFT_FAN_OUT == 0 else 0) + (BLOCK_N if RIGHT_FAN_OUT == 0 else 0)
     row = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, COPIES))
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         _expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
         slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
-        for first in range(start, end, BLOCK_K):
+        whole = start + (end - start) // BLOCK_K * BLOCK_K
+        for first in range(start, whole, BLOCK_K):
+            rows = first + row
+            # Before the copies, which it would wait for.
+            next_slots = gl.load(scattered_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
-            rows = first + row
-            mask = rows < end
-            whole = first + BLOCK_K <= end
-            mbarrier.expect(barrier, LOADED, pred=whole)
-            mbarrier.arrive(barrier, pred=whole == 0)
+            mbarrier.expect(barrier, BLOCK_K * BY_TMA * BYTES)
             a_0 = a_ring.index(2 * stage)
             a_1 = a_ring.index(2 * stage + 1)
             b = b_ring.index(stage)
             if LEFT_FAN_OUT == 0:
-                load_block(left, [first, m], barrier, a_0, pred=whole)
-                load_block(left, [first, m + HALF], barrier, a_1, pred=whole)
+                load_block(left, [first, m], barrier, a_0)
+                load_block(left, [first, m + HALF], barrier, a_1)
+            else:
+                _copy(left_ptr, rows, slots, None, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
+                _copy(left_ptr, rows, slots, None, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
             if RIGHT_FAN_OUT == 0:
-                load_block(right, [first, n], barrier, b, pred=whole)
-            if LEFT_FAN_OUT > 0 or whole == 0:
-                _copy(left_ptr, rows, slots, mask, stride_lm, m, M, a_0, LEFT_FAN_OUT, HALF)
-                _copy(left_ptr, rows, slots, mask, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, HALF)
-            if RIGHT_FAN_OUT > 0 or whole == 0:
-                _copy(right_ptr, rows, slots, mask, stride_rm, n, N, b, RIGHT_FAN_OUT, BLOCK_N)
+                load_block(right, [first, n], barrier, b)
+            else:
+                _copy(right_ptr, rows, slots, None, stride_rm, n, N, b, RIGHT_FAN_OUT, EVEN_N, BLOCK_N)
             rows_arrive(barrier, increment_count=False)
-            slots = gl.load(scattered_ptr + rows + BLOCK_K, mask=rows + BLOCK_K < end, other=0)
+            slots = next_slots
+            stage, phase = next_stage(stage, phase, STAGES)
+        if (whole < end) | (start == end):  # without rows, one block of zeros
+            rows = whole + row
+            mask = rows < end
+            mbarrier.wait(empty.index(stage), phase)
+            barrier = full.index(stage)
+            mbarrier.arrive(barrier)
+            a_0 = a_ring.index(2 * stage)
+            a_1 = a_ring.index(2 * stage + 1)
+            _copy(left_ptr, rows, slots, mask, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
+            _copy(left_ptr, rows, slots, mask, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
+            _copy(right_ptr, rows, slots, mask, stride_rm, n, N, b_ring.index(stage), RIGHT_FAN_OUT, EVEN_N, BLOCK_N)
+            rows_arrive(barrier, increment_count=False)
+            fence_async_shared()  # before TMA writes there again; else the compiler has a fence in the loop above
             stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -111,28 +135,42 @@ def _multiply(
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES)).to(gl.int64)
     stage = 0
     phase = 0
+    # A tile's output is stored while the next one is multiplied.
+    y = gl.zeros((HALF, BLOCK_N), out_ptr.dtype.element_ty, layout=STORES)
+    y_ptr = out_ptr
+    y_count = 0
+    y_column = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
+        m += HALF * PART
         acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-        previous = 0  # not `stage`: see `hopper_gemm`
-        for first in range(start, end, BLOCK_K):
+        mbarrier.wait(full.index(stage), phase)
+        fence_async_shared()
+        a = a_ring.index(2 * stage + PART).permute((1, 0))
+        acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])  # waits for none: it is the only one
+        store(y_ptr, y, row * stride_om, y_count, y_column, N)
+        previous = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+        for _first in range(start + BLOCK_K, end, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()
             a = a_ring.index(2 * stage + PART).permute((1, 0))
             acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index(previous), pred=first > start)
+            mbarrier.arrive(empty.index(previous))
             previous = stage
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(previous), pred=end > start)
-        rows = m + HALF * PART + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
-        columns = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORES))
-        out = out_ptr + expert.to(gl.int64) * stride_oe + rows.to(gl.int64)[:, None] * stride_om + columns[None, :]
+        mbarrier.arrive(empty.index(previous))
         y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
-        gl.store(out, y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+        y_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
+        y_count = M - m
+        y_column = n
+    store(y_ptr, y, row * stride_om, y_count, y_column, N)
 
 
 @gluon.jit
@@ -153,6 +191,8 @@ def _hopper_gram_kernel(
     stride_om,
     LEFT_FAN_OUT: gl.constexpr,
     RIGHT_FAN_OUT: gl.constexpr,
+    EVEN_M: gl.constexpr,
+    EVEN_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -191,8 +231,8 @@ def _hopper_gram_kernel(
                 _load,
                 (
                     left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty,
-                    num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT, RIGHT_FAN_OUT, STAGES, BLOCK_M, BLOCK_N,
-                    BLOCK_K,
+                    num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT, RIGHT_FAN_OUT, EVEN_M, EVEN_N, STAGES,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
         ],
@@ -211,9 +251,9 @@ def hopper_gram(
     num_experts, M, N = out.shape
     left_block = descriptor(left, [DEPTH, ROWS // 2])
     right_block = descriptor(right, [DEPTH, COLUMNS])
+    readable = left_block is not None and right_block is not None and left.dtype == right.dtype
     # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
-    readable = left_block is not None and right_block is not None and out.stride(2) == 1
-    if not readable or any(n % 16 for n in (M, N, left.stride(0), right.stride(0))) or left.dtype != right.dtype:
+    if not readable or out.stride(2) != 1 or any(n % 16 for n in (M, N, left.stride(0), right.stride(0))):
         return False
     num_tiles = num_experts * tiles.cdiv(M, ROWS) * tiles.cdiv(N, COLUMNS)
     launch(
@@ -233,6 +273,8 @@ def hopper_gram(
         STAGES,
         LEFT_FAN_OUT=left_fan_out,
         RIGHT_FAN_OUT=right_fan_out,
+        EVEN_M=M % ROWS == 0,
+        EVEN_N=N % COLUMNS == 0,
         STAGES=STAGES,
         REGISTERS=REGISTERS,
         BLOCK_M=ROWS,

@@ -13,9 +13,9 @@ from .launch import call, empty, launch
 # Slots of one program. The rank of a slot among its block's equals is a BLOCK x BLOCK comparison: 128 keeps it at 128
 # registers a thread.
 BLOCK = 128
-# Slots up to which one kernel sorts, comparing each with all, instead of four: a guess, not timed on a GPU yet. It
-# compares BLOCK with OTHERS at a time: with 128 it spilled 1488 bytes a thread on sm_80 with Triton 3.6.
-FEW, OTHERS = 2048, 32
+# Slots up to which one kernel sorts, comparing each with all, instead of four: 2048 took an H200 5 us for 9, 4096 took
+# 10 for 9, and a launch costs the host as much. It compares FEW_BLOCK of them with OTHERS at a time.
+FEW, FEW_BLOCK, OTHERS = 4096, 16, 256
 # Experts counted in one step: bounds the BLOCK x EXPERTS comparison likewise.
 EXPERTS = 128
 
@@ -42,15 +42,16 @@ def _sort_kernel(
     """A slot goes after those of lesser experts and the earlier ones of its own; an expert ends after its last one."""
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # slots, and experts
     ids = _expert_ids(ids_ptr, local, num_slots, num_experts)
-    row = tl.zeros((BLOCK,), tl.int32)
-    ends = tl.zeros((BLOCK,), tl.int32)
+    row = tl.zeros((BLOCK, OTHERS), tl.int32)  # summed over the others at the end, not at every step
+    ends = tl.zeros((BLOCK, OTHERS), tl.int32)
     for start in range(0, num_slots, OTHERS):
         slots = start + tl.arange(0, OTHERS)
         others = _expert_ids(ids_ptr, slots, num_slots, num_experts)
         others = tl.where(slots < num_slots, others, num_experts + 1)[None, :]
         before = (others < ids[:, None]) | ((others == ids[:, None]) & (slots[None, :] < local[:, None]))
-        row += tl.sum(before.to(tl.int32), axis=1)
-        ends += tl.sum((others <= local[:, None]).to(tl.int32), axis=1)
+        row += before.to(tl.int32)
+        ends += (others <= local[:, None]).to(tl.int32)
+    row, ends = tl.sum(row, axis=1), tl.sum(ends, axis=1)
     tl.store(sorted_ptr + row, ids.to(tl.int64), mask=local < num_slots)
     tl.store(scattered_ptr + row, local.to(tl.int64), mask=local < num_slots)
     tl.store(offsets_ptr + local, ends.to(tl.int64), mask=local < num_experts)
@@ -160,9 +161,9 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
         call(Tensor.zero_, expert_offsets)
         return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
     if num_slots <= FEW:
-        grid = (tiles.cdiv(max(num_slots, num_experts), BLOCK), 1)
+        grid = (tiles.cdiv(max(num_slots, num_experts), FEW_BLOCK), 1)
         sorts = (expert_ids, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets)
-        launch(_sort_kernel, grid, sorts, (num_slots, num_experts), 8, 1, BLOCK=BLOCK, OTHERS=OTHERS)
+        launch(_sort_kernel, grid, sorts, (num_slots, num_experts), 4, 1, BLOCK=FEW_BLOCK, OTHERS=OTHERS)
         return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
     num_blocks = tiles.cdiv(num_slots, BLOCK)
     counts = empty((num_experts + 1) * num_blocks, dtype=torch.int32, device=device)

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def tile_entry(tiles_ptr, tile):
-    """``(expert, first row, end of the expert's rows)`` of a scheduled tile; see `Routing.tiles`."""
+    """``(expert, first row, end of the expert's rows, its first tile)`` of a scheduled tile; see `Routing.tiles`."""
     entry = tiles_ptr + 4 + tile * 4
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit
@@ -19,8 +19,7 @@ def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GRO
     together, so once from memory.
     """
     row_tile = tile // num_column_tiles  # of this expert, and of this group
-    expert, first_row, end = tile_entry(tiles_ptr, row_tile)
-    first_tile = tl.load(tiles_ptr + 4 + row_tile * 4 + 3)
+    expert, first_row, end, first_tile = tile_entry(tiles_ptr, row_tile)
     start = first_row - (row_tile - first_tile) * BLOCK_M
     group = (row_tile - first_tile) // GROUP_M * GROUP_M
     left = (end - start + BLOCK_M - 1) // BLOCK_M - group

@@ -40,7 +40,7 @@ def _shrink_kernel(
     tile = tl.program_id(0) // parts
     if tile >= tl.load(tiles_ptr):
         return
-    expert, first_row, end = tile_entry(tiles_ptr, tile)
+    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
     first_row += (tl.program_id(0) % parts) * BLOCK_M
     if first_row >= end:
         return
