@@ -91,7 +91,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of one kernel. ``rows`` are those of its smallest product, 0 without one; registers are a thread's."""
+    """What came of one kernel. ``rows`` are those of its smallest product, 0 without one; registers are a thread's.
+
+    ``waits`` are those for a warp group's products that the assembler added to the program's.
+    """
 
     kernel: str
     tile: str
@@ -102,6 +105,7 @@ class Compiled:
     spills: int = 0
     instructions: tuple[str, ...] = ()
     rows: int = 0
+    waits: int = 0
     error: str = ""
 
     def problems(self) -> list[str]:
@@ -121,6 +125,8 @@ class Compiled:
             if self.rows and self.instructions != (expected,):
                 used = " and ".join(self.instructions) or "no matrix instruction"
                 found.append(f"{used} for a product of {self.rows} rows, not {expected}")
+            if self.waits:
+                found.append(f"{self.waits} waits between products that should follow one another")
         return [f"{self.kernel} {self.tile} {self.dtype} on {self.family}: {problem}" for problem in found]
 
 
@@ -380,22 +386,33 @@ def _findings(compiled, family: Family) -> dict[str, object]:
         "registers": registers,
         "spills": spills,
         "instructions": tuple(i for i in INSTRUCTIONS if re.search(rf"\b{re.escape(i)}", text)),
+        "waits": _added_waits(compiled.asm),
         "rows": min(map(int, re.findall(r"(?:tt\.|group_)dot .*-> tensor<(\d+)x", products)), default=0),
     }
 
 
 def _cuda_resources(asm) -> tuple[int, int]:
     """Registers, and the bytes of the stack frame: a Triton kernel has nothing else there but what it spilled."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = _disassembled(asm["cubin"], "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
     return int(match[1]), int(match[2])
+
+
+def _disassembled(cubin: bytes, what: str) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _added_waits(asm) -> int:
+    """Where ptxas can't tell an accumulator's registers from others, it waits for each of Hopper's products."""
+    asked = asm.get("ptx", "").count("wgmma.wait_group")
+    return _disassembled(asm["cubin"], "--dump-sass").count("WARPGROUP.DEPBAR") - asked if asked else 0
 
 
 def _hip_resources(asm) -> tuple[int, int]:

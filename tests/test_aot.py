@@ -11,12 +11,14 @@ import pytest
 from aot import Case, Compiled
 
 LARGEST = Case("gated", 128, "bfloat16", 16)
+BASE_TRAINS = Case("linear", 128, "bfloat16", 16)
 CASES = [
     *((family, LARGEST) for family in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")),
     ("sm_80", Case("linear", 32, "float16", 64)),
     ("sm_86", Case("linear", 64, "bfloat16", 16)),
     ("sm_89", Case("linear", 16, "float16", 64)),
     ("sm_90", Case("gated", 128, "bfloat16", 64)),
+    ("sm_90", BASE_TRAINS),
     ("sm_90", Case("transposed", 64, "float16", 64)),
     ("sm_90", Case("gated", 16, "float32", 16)),
     ("sm_90", Case("crowd", 16, "bfloat16", 16)),
@@ -47,16 +49,17 @@ def test_kernels_fit_the_gpu(compile_case, family, case):
     compiled = compile_case(family, case)
     problems = [problem for one in compiled for problem in one.problems()]
     assert not problems, "\n".join(["", *problems])
-    assert any(c.kernel.startswith("grouped_gemm") and c.tile.startswith(f"{case.rows}x") for c in compiled)
+    products = [c for c in compiled if c.kernel.startswith(("grouped_gemm", "hopper_gemm"))]
+    assert any(c.tile.startswith(f"{case.rows}x") for c in products)
 
 
 def test_no_kernel_is_left_out(compile_case, package):
-    """Two layers, one of few slots and one with dropout, launch every kernel there is: none can go uncompiled."""
+    """Few slots, dropout, and a base that trains, on Hopper: together they launch every kernel there is."""
     defined = set()
     for file in (package / "triton_kernels").glob("*.py"):
-        defined |= set(re.findall(r"^@triton\.jit\b.*\ndef _(\w+)_kernel\(", file.read_text(), re.MULTILINE))
+        defined |= set(re.findall(r"^@(?:triton|gluon)\.jit\b.*\ndef _(\w+)_kernel\(", file.read_text(), re.MULTILINE))
     assert defined
-    cases = Case("dropped", 128, "bfloat16", 16), Case("gated", 16, "bfloat16", 16)
+    cases = Case("dropped", 128, "bfloat16", 16), Case("gated", 16, "bfloat16", 16), BASE_TRAINS
     assert {c.kernel.split()[0] for case in cases for c in compile_case("sm_90", case)} == defined
 
 
@@ -81,6 +84,7 @@ def test_problems_are_found():
     assert "shared memory" in problems(shared=227 * 1024 + 1)[0]
     assert "shared memory" in problems(family="sm_89", **few_rows)[0]
     assert "spills" in problems(spills=aot.SPILL_LIMIT + 1)[0]
+    assert "waits between products" in problems(waits=1)[0]
     assert "does not compile" in problems(error="PassManager::run failed", instructions=(), rows=0)[0]
     for instructions in ((), ("mma.sync",), ("mma.sync", "wgmma.mma_async")):
         assert "for a product of 64 rows" in problems(instructions=instructions)[0]

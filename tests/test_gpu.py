@@ -126,6 +126,45 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     assert not unequal
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3], ids=["nobody's slots", "most slots nobody's"])
+def test_few_rows_of_many_slots(kernel, share):
+    """Tiles are chosen by slots, of which expert parallelism leaves a rank few or none: the rest is zeros."""
+    E, T, k, H, I = 4, 1024, 2, 512, 320  # noqa: E741
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(3)
+    index = torch.randint(0, E, (T, k), device="cuda")
+    index[torch.rand(T, k, device="cuda") >= share] = E
+    index[index == 1] = E  # an expert without rows
+    x, up, down = torch.randn(T, H, **options), torch.randn(E, 2 * I, H, **options), torch.randn(E, H, I, **options)
+    up, down = up * H**-0.5, down * I**-0.5
+    weights = torch.rand(T, k, **options)
+    grad = torch.randn(T, H, **options)
+
+    def run(of, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, up, down, weights)]
+        out = of(*leaves[:3], index, leaves[3])
+        out.backward(grad.to(dtype))
+        return [out, *(leaf.grad for leaf in leaves)]
+
+    def definition(x, up, down, index, weights):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, choice = (index == e).nonzero(as_tuple=True)
+            gate, unit = (x[token] @ up[e].T).chunk(2, dim=-1)
+            y = (torch.nn.functional.silu(gate) * unit) @ down[e].T
+            out = out.index_add(0, token, y * weights[token, choice, None])
+        return out
+
+    got = run(lambda *args: kernel.moe_mlp(*args, expert_parallel=True), torch.bfloat16)
+    want = run(definition, torch.float64)
+    for one, reference in zip(got, want, strict=True):
+        if share:
+            assert relative_error(one, reference) < BOUNDS[torch.bfloat16]
+        else:
+            assert not one.any()
+    assert not got[2][1].any() and not got[3][1].any()
+
+
 def test_replay_in_pieces(kernel, monkeypatch):
     """Columns of a weight and of the output are views, which a replay finds at other addresses too."""
     ops = inner(kernel, "ops")

@@ -141,7 +141,8 @@ def gram(
     num_experts, P, Q = out.shape
     if out.numel() == 0:
         return out
-    wide = min(P, Q) >= HOPPER_COLUMNS and row_weights is None and left.element_size() == 2
+    halves = left.element_size() == out.element_size() == 2
+    wide = min(P, Q) >= HOPPER_COLUMNS and row_weights is None and halves
     if right is not None and wide and has_hopper_kernels(gpu(left).architecture):
         from .hopper_gram import hopper_gram
 

@@ -219,11 +219,11 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     row_tile = tiles.block_m(num_slots, num_experts)
-    wide = row_tile == 128 and N >= HOPPER_COLUMNS and x.element_size() == 2
+    wide = row_tile == 128 and N >= HOPPER_COLUMNS and x.element_size() == out.element_size() == 2
     if wide and not zero_tail and has_hopper_kernels(gpu(x).architecture):
         from .hopper_gemm import hopper_gemm
 
-        layout = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "group_m": GROUP_M}
+        layout: dict[str, Any] = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "group_m": GROUP_M}
         if hopper_gemm(x, weight, routing, out, **layout, z=z, expand=expand, bias=bias):
             return out
     tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))

@@ -1,7 +1,8 @@
 """A wide gram on Hopper, the gradient of a base weight, by specialised warps: see `hopper_gemm`.
 
-One operand's rows are gathered, so its blocks are copied by address, the other's are loaded by TMA but for an expert's
-last rows, which both copy: rows of the next expert, or of none, would be multiplied by zeros but may hold a NaN.
+Gathered rows are copied by address, grouped ones loaded by TMA. An expert's last rows, if they do not fill a block,
+are copied too: rows of the next expert, or of none, would be multiplied by zeros but may hold a NaN. The two products
+of a Qwen3-30B-A3B step took an H200 1.12 ms for 2.0.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ def _multiply(
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(previous))
+        # Converted here, though the store could: Triton 3.6 would leave them where the next products are summed, and
+        # ptxas then waits for each of these.
         y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
         y_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
         y_count = M - m
