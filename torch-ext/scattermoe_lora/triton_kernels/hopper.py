@@ -37,22 +37,26 @@ _REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def block(stage, descriptor):
-    """A stage's memory as what a descriptor loads."""
+def block(stage, descriptor, PARTS: gl.constexpr):
+    """A stage's memory, or the first of PARTS of it, as what a descriptor loads."""
+    # In parts, as Triton 3.8 reinterprets all of a memory or nothing.
     if _REINTERPRET:
-        return stage.reinterpret(stage.dtype, descriptor.block_type.shape, descriptor.layout)
+        parts = stage.reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
     else:
-        return stage._reinterpret(stage.dtype, descriptor.block_type.shape, descriptor.layout)
+        parts = stage._reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
+    return parts.index(0)
 
 
 @gluon.jit
 def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A stage's memory as a matrix, its columns contiguous."""
+    """A stage's memory, or the first part of it, as a matrix whose columns are contiguous."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], stage.dtype)
+    PARTS: gl.constexpr = stage.shape[0] * stage.shape[1] // (ROWS * COLUMNS)
     if _REINTERPRET:
-        return stage.reinterpret(stage.dtype, [ROWS, COLUMNS], layout)
+        parts = stage.reinterpret(stage.dtype, [PARTS, ROWS, COLUMNS], layout)
     else:
-        return stage._reinterpret(stage.dtype, [ROWS, COLUMNS], layout)
+        parts = stage._reinterpret(stage.dtype, [PARTS, ROWS, COLUMNS], layout)
+    return parts.index(0)
 
 
 @gluon.jit

@@ -95,7 +95,7 @@ def _load(
                 mbarrier.expect(barrier, BLOCK_N * BLOCK_K * BYTES)
             else:
                 _expect(barrier, both, BLOCK_N * BLOCK_K * BYTES, HALF * BLOCK_K * BYTES)
-            b = block(b_ring.index(stage), w)
+            b = block(b_ring.index(stage), w, 1)
             if W_TMA == "k":
                 load_block(w, [expert, n, k], barrier, b)
             else:
@@ -118,13 +118,13 @@ def _load(
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
             _expect(barrier, both, BLOCK_N * BLOCK_R * BYTES, HALF * BLOCK_R * BYTES)
-            b = block(b_ring.index(stage), expand)
+            b = block(b_ring.index(stage), expand, BLOCK_K // BLOCK_R)
             if EXPAND_TMA == "k":
                 load_block(expand, [expert, n, step * BLOCK_R], barrier, b)
             else:
                 load_block(expand, [expert, step * BLOCK_R, n], barrier, b)
-            load_block(z, [first_row, step * BLOCK_R], barrier, block(a_ring.index(2 * stage), z))
-            z_1 = block(a_ring.index(2 * stage + 1), z)
+            load_block(z, [first_row, step * BLOCK_R], barrier, block(a_ring.index(2 * stage), z, BLOCK_K // BLOCK_R))
+            z_1 = block(a_ring.index(2 * stage + 1), z, BLOCK_K // BLOCK_R)
             load_block(z, [first_row + HALF, step * BLOCK_R], barrier, z_1, pred=both)
             if GATHERED:
                 rows_arrive(barrier, increment_count=False)
