@@ -244,6 +244,17 @@ def _linear(kernel: types.ModuleType, case: Case) -> None:
     t.step(kernel.parallel_linear_lora, a, down, 1, *order, **lora, gates=gates, grouped_in=True)
 
 
+def _odd(kernel: types.ModuleType, case: Case) -> None:
+    """What Hopper's own kernels leave to the general ones: rows of no multiple of 16 columns in a wider tensor, and no
+    rows at all."""
+    t = _Tensors(kernel, case)
+    x, weights = t(t.num_tokens, 352)[:, :344], t(t.num_tokens, TOP_K)
+    up, down = t(NUM_EXPERTS, 2 * INTERMEDIATE, 344), t(NUM_EXPERTS, 344, INTERMEDIATE)
+    t.step(kernel.moe_mlp, x, up, down, t.ids, weights)
+    up, down = t(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), t(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
+    t.step(kernel.moe_mlp, t.x[:0], up, down, t.ids[:0], weights[:0])
+
+
 def _crowd(kernel: types.ModuleType, case: Case) -> None:
     """As many experts as models have, which the routing kernels' blocks grow with; small ones, to hold them here."""
     t = _Tensors(kernel, case)
@@ -261,6 +272,7 @@ LAYERS = {
     "ungated": _ungated,
     "linear": _linear,
     "crowd": _crowd,
+    "odd": _odd,
 }
 
 # Every tile of the layer that matters most, and the largest and least of the others.
@@ -413,7 +425,7 @@ def _disassembled(cubin: bytes, what: str) -> str:
 def _added_waits(asm) -> int:
     """Where ptxas can't tell an accumulator's registers from others, it waits for each of Hopper's products."""
     asked = asm.get("ptx", "").count("wgmma.wait_group")
-    return _disassembled(asm["cubin"], "--dump-sass").count("WARPGROUP.DEPBAR") - asked if asked else 0
+    return max(0, _disassembled(asm["cubin"], "--dump-sass").count("WARPGROUP.DEPBAR") - asked) if asked else 0
 
 
 def _hip_resources(asm) -> tuple[int, int]:

@@ -69,6 +69,13 @@ def test_a_gram_in_parts_is_compiled(compile_case):
     assert {"gram rest", "gram first"} <= kernels
 
 
+def test_odd_sizes_compile(compile_case):
+    """Where Hopper's own kernels can't be used the general ones are; they spill here, storing single elements."""
+    compiled = compile_case("sm_90", Case("odd", 128, "bfloat16", 16))
+    assert {"grouped_gemm", "hopper_gemm", "gram"} <= {c.kernel.split()[0] for c in compiled}
+    assert not [c.error for c in compiled if c.error]
+
+
 def test_problems_are_found():
     """The limits themselves; a kernel at each of them is fine."""
     sound = Compiled("k", "t", "bf16", "sm_90", 227 * 1024, 255, aot.SPILL_LIMIT, ("wgmma.mma_async",), 64)

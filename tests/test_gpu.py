@@ -101,9 +101,12 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     replay = inner(kernel, "triton_kernels.replay")
     sizes = {"T": 1100, "H": 512, "I": 320, "E": 8, "k": 2, "r": 16, "dtype": torch.bfloat16}
     case = Case(**(sizes | options), home=torch.device("cuda"))
-    # One expert has 60 % of the tokens, one none, others fewer rows than half a tile.
-    case.top_k_index[torch.rand(case.top_k_index.shape, device="cuda") < 0.6] = 3
-    case.top_k_index[case.top_k_index == 5] = 1
+    # Rows of an expert: whole tiles, a half and less of one, one row more than these, none, and all the rest.
+    slots = torch.randperm(case.top_k_index.numel(), generator=torch.Generator().manual_seed(1)).cuda()
+    case.top_k_index.fill_(3)
+    for expert, rows in ((0, 128), (1, 64), (2, 30), (4, 129), (6, 148), (7, 65)):
+        case.top_k_index.view(-1)[slots[:rows]] = expert
+        slots = slots[rows:]
     used = {}
     for name in ("hopper_gemm", "hopper_gram"):
         module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
@@ -391,7 +394,7 @@ def test_two_threads(kernel):
 
 
 def test_long_run(kernel):
-    """2000 steps of other lengths and routings: no memory and no kernels gathered, and no loss higher than PEFT's."""
+    """2000 steps of other lengths and routings: no memory and no kernels gathered, and a loss no 1 % above PEFT's."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

@@ -79,7 +79,8 @@ def descriptor(tensor: Tensor, block: list[int], contiguous: int = -1) -> Tensor
     order = [dim for dim in range(tensor.dim()) if dim != contiguous % tensor.dim()] + [contiguous]
     shape, strides = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
     size = tensor.element_size()
-    if strides[-1] != 1 or tensor.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in strides[:-1]):
+    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
+    if strides[-1] != 1 or not aligned or tensor.numel() == 0:
         return None
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor(tensor, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

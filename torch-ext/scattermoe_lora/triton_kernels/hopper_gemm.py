@@ -313,11 +313,13 @@ def hopper_gemm(
         x_block = descriptor(x, [ROWS // 2, DEPTH])
         readable = x_block is not None
     else:
-        readable = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+        # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
+        readable = x.stride(1) == 1 and x.data_ptr() % 16 == K % 16 == x.stride(0) % 16 == 0
     if z is not None and expand is not None:
         z_block = descriptor(z, [ROWS // 2, block_r])
         expand_block, expand_tma = _stack(expand, block_r)
         readable = readable and z_block is not None and expand_block is not None
+        readable = readable and z.dtype == expand.dtype == weight.dtype
     if not readable or w is None or x.dtype != weight.dtype:
         return False
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, ROWS) * tiles.cdiv(N, COLUMNS)
