@@ -13,6 +13,9 @@ from ..tiles import Gpu
 # Tritons that Hopper's own kernels compile with, to the same order of waits, arrivals and products: Gluon changes.
 HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
 
+# The least columns of an output for which they are used, and of a gram's its rows too: a tile has 128 x 256.
+HOPPER_COLUMNS = 256
+
 
 @functools.cache
 def _gpu(device_type: str, index: int | None) -> Gpu:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import gpu, has_hopper_kernels
+from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
 from .launch import empty, launch
-from .rows import operand_rows
+from .rows import expert_rows, operand_rows
 
 # Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
 # expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one program summed all its rows.
@@ -19,8 +19,6 @@ CHUNK = 2048
 # Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
 # one expert, and fewer rows are summed before the host has launched another kernel.
 NARROW, CHUNKED = 64, 2 * CHUNK
-# The least rows and columns of the output for which Hopper's own kernel is used: its tile is 128 x 256.
-HOPPER_COLUMNS = 256
 
 
 @triton.jit
@@ -80,8 +78,7 @@ def _gram_kernel(
         start = tl.sum(tl.where(mine, starts, 0)) + chunk * CHUNK
         end = tl.minimum(tl.sum(tl.where(mine, ends, 0)), start + CHUNK)
     else:
-        start = tl.load(offsets_ptr + unit - 1, mask=unit > 0, other=0).to(tl.int32)
-        end = tl.load(offsets_ptr + unit).to(tl.int32)
+        start, end = expert_rows(offsets_ptr, unit)
         if PART == "first":
             end = tl.minimum(end, start + CHUNK)
     dtype: tl.constexpr = left_ptr.dtype.element_ty

@@ -19,14 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tiles
 from ..types import Routing
-from .device import gpu, has_hopper_kernels
-from .launch import empty, launch
+from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
+from .launch import empty, launch, tma_can_read
 from .rows import operand_rows, scheduled_tile, tile_rows
 
 # Row tiles of an expert that share a sweep over the columns; see `scheduled_tile`.
 GROUP_M = 16
-# The least columns for which Hopper's own kernel is used: it multiplies 256 of them at a time.
-HOPPER_COLUMNS = 256
 
 
 @triton.jit
@@ -170,18 +168,9 @@ def _grouped_gemm_kernel(
             )  # fmt: skip
 
 
-def _tma_can_read(tensor: Tensor, contiguous: int) -> bool:
-    """Whether TMA can read a tensor along a dimension: stride 1 there, a 16-byte aligned base and other strides."""
-    if tensor.stride(contiguous) != 1 or tensor.numel() == 0 or tensor.data_ptr() % 16:
-        return False
-    size = tensor.element_size()
-    others = [stride for dim, stride in enumerate(tensor.stride()) if dim != contiguous]
-    return all(stride > 0 and stride * size % 16 == 0 for stride in others)
-
-
 def _x_operand(x: Tensor, x_fan_out: int, tile: tiles.Tile) -> TensorDescriptor | None:
     """x for TMA, if its rows are grouped and it can be read so; gathered ones are read by pointer."""
-    if x_fan_out == 0 and _tma_can_read(x, 1):
+    if x_fan_out == 0 and tma_can_read(x, 1):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k])
     return None
 
@@ -190,9 +179,9 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     """The weight ``[E, K, N]`` as the kernel takes it: by TMA whichever of K and N is contiguous, else by pointer."""
     E, K, N = weight.shape
     stride_e, stride_k, stride_n = weight.stride()
-    if _tma_can_read(weight, 1):
+    if tma_can_read(weight, 1):
         return TensorDescriptor(weight, [E, N, K], [stride_e, stride_n, 1], [1, tile.block_n, tile.block_k]), "k"
-    if _tma_can_read(weight, 2):
+    if tma_can_read(weight, 2):
         return TensorDescriptor(weight, [E, K, N], [stride_e, stride_k, 1], [1, tile.block_k, tile.block_n]), "n"
     return weight, ""
 

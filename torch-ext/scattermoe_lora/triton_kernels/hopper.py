@@ -1,4 +1,7 @@
-"""What the kernels for Hopper share: a ring of stages, its barriers, and descriptors, in Gluon."""
+"""What the kernels for Hopper share: a ring of stages, its barriers, and descriptors, in Gluon.
+
+Imported, as they are, only where `device.has_hopper_kernels` says so: another Triton may lack what this imports.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,17 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import tma_can_read
 
 # Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
 ROWS, COLUMNS, DEPTH = 128, 256, 64
@@ -60,6 +72,33 @@ def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def barriers(LOADERS: gl.constexpr, STAGES: gl.constexpr):
+    """For each stage one that it is full, at which so many arrive, and one that it is empty: at that, both halves."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=LOADERS)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def wait_full(barrier, phase, COPIED: gl.constexpr):
+    """Until a stage is full; then what threads copied there, if they did, may be read by a product."""
+    mbarrier.wait(barrier, phase)
+    if COPIED:
+        fence_async_shared()  # the memory model asks for it, and it takes no time
+
+
+@gluon.jit
+def add_product(a, b, acc):
+    """``acc + a @ b``, under way: only the products before it have ended."""
+    acc = warpgroup_mma(a, b, acc, is_async=True)
+    return warpgroup_mma_wait(1, deps=[acc])
+
+
+@gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
@@ -74,13 +113,11 @@ def store(out_ptr, y, rows, count, first_column, columns):
     gl.store(out_ptr + rows[:, None] + column[None, :], y, mask=mask)
 
 
-def descriptor(tensor: Tensor, block: list[int], contiguous: int = -1) -> TensorDescriptor | None:
-    """A tensor for TMA, its contiguous dimension last; None if TMA can't read it."""
-    order = [dim for dim in range(tensor.dim()) if dim != contiguous % tensor.dim()] + [contiguous]
-    shape, strides = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
-    size = tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
-    if strides[-1] != 1 or not aligned or tensor.numel() == 0:
+def descriptor(tensor: Tensor, block: list[int], contiguous: int) -> TensorDescriptor | None:
+    """A tensor for TMA, with its contiguous dimension moved last; None if TMA can't read it."""
+    if not tma_can_read(tensor, contiguous):
         return None
+    view = tensor.movedim(contiguous, -1)
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor(tensor, shape, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(tensor, list(view.shape), list(view.stride()), block, layout)

@@ -11,12 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import tiles
@@ -30,6 +25,8 @@ from .hopper import (
     ROWS,
     STAGES,
     STORES,
+    add_product,
+    barriers,
     block,
     descriptor,
     load_block,
@@ -38,6 +35,7 @@ from .hopper import (
     next_stage,
     rows_arrive,
     store,
+    wait_full,
 )
 from .launch import launch
 from .rows import operand_rows, scheduled_tile
@@ -159,31 +157,24 @@ def _multiply(
             if OUT_SCATTERED:
                 rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
             acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-            mbarrier.wait(full.index(stage), phase)
-            if GATHERED:
-                fence_async_shared()  # what threads copied, for what a product reads; no slower
+            wait_full(full.index(stage), phase, GATHERED)
             b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
-            acc = warpgroup_mma(a_ring.index(2 * stage + PART), b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])  # waits for none: it is the only one
+            acc = add_product(a_ring.index(2 * stage + PART), b, acc)
             store(out_ptr, y, y_rows * N, y_count, y_column, N)
             previous = stage
             stage, phase = next_stage(stage, phase, STAGES)
             for _k in range(BLOCK_K, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                if GATHERED:
-                    fence_async_shared()
+                wait_full(full.index(stage), phase, GATHERED)
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
-                acc = warpgroup_mma(a_ring.index(2 * stage + PART), b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
+                acc = add_product(a_ring.index(2 * stage + PART), b, acc)
                 mbarrier.arrive(empty.index(previous))
                 previous = stage
                 stage, phase = next_stage(stage, phase, STAGES)
             for _step in gl.static_range(LORA_STEPS):
-                mbarrier.wait(full.index(stage), phase)
+                wait_full(full.index(stage), phase, False)
                 z = matrix(a_ring.index(2 * stage + PART), HALF, BLOCK_R)
                 b = _weights(b_ring.index(stage), EXPAND_TMA, BLOCK_R, BLOCK_N)
-                acc = warpgroup_mma(z, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
+                acc = add_product(z, b, acc)
                 mbarrier.arrive(empty.index(previous))
                 previous = stage
                 stage, phase = next_stage(stage, phase, STAGES)
@@ -240,13 +231,8 @@ def _hopper_gemm_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_K], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        # Full: by what TMA loads, and by each loading thread if it copies rows. Empty: by both halves.
-        mbarrier.init(full.index(stage), count=129 if X_FAN_OUT > 0 else 1)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
+    # What TMA loads, and each loading thread if it copies rows.
+    full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
     gl.warp_specialize(
         [
             (
@@ -281,10 +267,10 @@ def _hopper_gemm_kernel(
 
 def _stack(stack: Tensor, depth: int) -> tuple[TensorDescriptor | None, str]:
     """A stack ``[E, depth, columns]`` for TMA, and which of the two is contiguous: "k", "n", or "" for neither."""
-    by_depth = descriptor(stack, [1, COLUMNS, depth], contiguous=1)
+    by_depth = descriptor(stack, [1, COLUMNS, depth], 1)
     if by_depth is not None:
         return by_depth, "k"
-    by_columns = descriptor(stack, [1, depth, COLUMNS])
+    by_columns = descriptor(stack, [1, depth, COLUMNS], 2)
     return by_columns, "n" if by_columns is not None else ""
 
 
@@ -310,13 +296,13 @@ def hopper_gemm(
     x_block = z_block = expand_block = None
     expand_tma = ""
     if x_fan_out == 0:
-        x_block = descriptor(x, [ROWS // 2, DEPTH])
+        x_block = descriptor(x, [ROWS // 2, DEPTH], 1)
         readable = x_block is not None
     else:
         # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
         readable = x.stride(1) == 1 and x.data_ptr() % 16 == K % 16 == x.stride(0) % 16 == 0
     if z is not None and expand is not None:
-        z_block = descriptor(z, [ROWS // 2, block_r])
+        z_block = descriptor(z, [ROWS // 2, block_r], 1)
         expand_block, expand_tma = _stack(expand, block_r)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype

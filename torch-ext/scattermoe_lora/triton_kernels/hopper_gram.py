@@ -10,12 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from .. import tiles
 from ..types import Routing
@@ -28,15 +23,18 @@ from .hopper import (
     ROWS,
     STAGES,
     STORES,
+    add_product,
+    barriers,
     descriptor,
     load_block,
     load_rows,
     next_stage,
     rows_arrive,
     store,
+    wait_full,
 )
 from .launch import launch
-from .rows import operand_rows
+from .rows import expert_rows, operand_rows
 
 
 @gluon.jit
@@ -48,8 +46,7 @@ def _gram_tile(offsets_ptr, tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.const
     row_tiles = gl.cdiv(M, BLOCK_M)
     per_expert = row_tiles * gl.cdiv(N, BLOCK_N)
     expert, within = tile // per_expert, tile % per_expert
-    start = gl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(gl.int32)
-    end = gl.load(offsets_ptr + expert).to(gl.int32)
+    start, end = expert_rows(offsets_ptr, expert)
     return expert, start, end, (within % row_tiles) * BLOCK_M, (within // row_tiles) * BLOCK_N
 
 
@@ -148,20 +145,16 @@ def _multiply(
         expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
         m += HALF * PART
         acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-        mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()
+        wait_full(full.index(stage), phase, True)
         a = a_ring.index(2 * stage + PART).permute((1, 0))
-        acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])  # waits for none: it is the only one
+        acc = add_product(a, b_ring.index(stage), acc)
         store(y_ptr, y, row * stride_om, y_count, y_column, N)
         previous = stage
         stage, phase = next_stage(stage, phase, STAGES)
         for _first in range(start + BLOCK_K, end, BLOCK_K):
-            mbarrier.wait(full.index(stage), phase)
-            fence_async_shared()
+            wait_full(full.index(stage), phase, True)
             a = a_ring.index(2 * stage + PART).permute((1, 0))
-            acc = warpgroup_mma(a, b_ring.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
+            acc = add_product(a, b_ring.index(stage), acc)
             mbarrier.arrive(empty.index(previous))
             previous = stage
             stage, phase = next_stage(stage, phase, STAGES)
@@ -207,13 +200,8 @@ def _hopper_gram_kernel(
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_M // 2], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        # Full: by what TMA loads, and by each loading thread. Empty: by both halves.
-        mbarrier.init(full.index(stage), count=129)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
+    # What TMA loads, and each loading thread.
+    full, empty = barriers(129, STAGES)
     gl.warp_specialize(
         [
             (
@@ -252,8 +240,8 @@ def hopper_gram(
         left, right, out = right, left, out.mT
         left_fan_out, right_fan_out = right_fan_out, left_fan_out
     num_experts, M, N = out.shape
-    left_block = descriptor(left, [DEPTH, ROWS // 2])
-    right_block = descriptor(right, [DEPTH, COLUMNS])
+    left_block = descriptor(left, [DEPTH, ROWS // 2], 1)
+    right_block = descriptor(right, [DEPTH, COLUMNS], 1)
     readable = left_block is not None and right_block is not None and left.dtype == right.dtype
     # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
     if not readable or out.stride(2) != 1 or any(n % 16 for n in (M, N, left.stride(0), right.stride(0))):

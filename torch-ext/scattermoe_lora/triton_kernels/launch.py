@@ -125,6 +125,15 @@ def launch(
     return None
 
 
+def tma_can_read(tensor: Tensor, contiguous: int) -> bool:
+    """Whether TMA can read a tensor along a dimension: stride 1 there, a 16-byte aligned base and other strides."""
+    if tensor.stride(contiguous) != 1 or tensor.numel() == 0 or tensor.data_ptr() % 16:
+        return False
+    size = tensor.element_size()
+    others = [stride for dim, stride in enumerate(tensor.stride()) if dim != contiguous]
+    return all(stride > 0 and stride * size % 16 == 0 for stride in others)
+
+
 def _stand_in(operand: Operand) -> Operand:
     """What Triton compiles the same for as for an operand, and that holds none of its memory."""
     if operand is not None and not isinstance(operand, Tensor):

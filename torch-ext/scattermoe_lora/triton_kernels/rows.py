@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def expert_rows(offsets_ptr, expert):
+    """An expert's first grouped row, and the one after its last, as int32."""
+    start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int32)
+    return start, tl.load(offsets_ptr + expert).to(tl.int32)
+
+
+@triton.jit
 def tile_entry(tiles_ptr, tile):
     """``(expert, first row, end of the expert's rows, its first tile)`` of a scheduled tile; see `Routing.tiles`."""
     entry = tiles_ptr + 4 + tile * 4
