@@ -394,7 +394,7 @@ def test_two_threads(kernel):
 
 
 def test_long_run(kernel):
-    """2000 steps of other lengths and routings: no memory and no kernels gathered, and a loss no 1 % above PEFT's."""
+    """2000 steps of other lengths and routings: no memory and no kernels gathered, and PEFT's loss, within 1 % above, 5 below."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -450,4 +450,4 @@ def test_long_run(kernel):
     assert last < 0.8 * first
     # Both end where bfloat16 lets them: ours lower, by 1.5 % on an H200, as PEFT adds adapters into bfloat16 weights,
     # which loses their last bits. On a CPU ours was 0.4 to 6 % lower, and PEFT in float32 lower by a factor of 10.
-    assert last < 1.01 * last_of_peft
+    assert 0.95 * last_of_peft < last < 1.01 * last_of_peft
