@@ -394,7 +394,7 @@ def test_two_threads(kernel):
 
 
 def test_long_run(kernel):
-    """2000 steps of other lengths and routings: no memory and no kernels gathered, and about the loss that PEFT has."""
+    """2000 steps of varied lengths and routings: no memory and no kernels gathered, and near PEFT's loss."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
