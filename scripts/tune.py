@@ -140,7 +140,7 @@ class Layer:
                 ),
             ],
             "act": [
-                lambda: run.act(self.h, routing, **act),
+                lambda: inner(self.kernel, "triton_kernels.act").act(self.h, self.a, routing, **act),
                 lambda: run.act_grad(
                     self.a,
                     self.h,

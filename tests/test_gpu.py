@@ -89,12 +89,21 @@ HOPPER = {
     "rank 8, odd depths": {"r": 8, "H": 336, "I": 344},
     "rank 48": {"r": 48, "H": 256, "I": 264, "k": 1},
     "rank 200": {"r": 200, "frozen": BASE},
+    "no gate": {"has_gate": False, "activation": "relu2"},
+    "gelu": {"activation": "gelu", "has_bias": True},
 }
-
-
-@pytest.mark.skipif(
+needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
+
+
+def use_general_kernels(kernel, monkeypatch):
+    for name in ("grouped_gemm", "gram"):
+        monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
+    inner(kernel, "triton_kernels.replay")._programs.clear()
+
+
+@needs_hopper
 @pytest.mark.parametrize("options", HOPPER.values(), ids=HOPPER)
 def test_hopper_kernels(kernel, options, monkeypatch):
     """Hopper's own kernels are used, right, and give the general ones' bits; experts with few rows or none too."""
@@ -119,14 +128,52 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         monkeypatch.setattr(module, name, call)
     replay._programs.clear()
     got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
+    with torch.no_grad():  # nothing but the activation is stored
+        assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
-    replay._programs.clear()
-    for name in ("grouped_gemm", "gram"):
-        monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
+    use_general_kernels(kernel, monkeypatch)
     want = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
     unequal = [name for name in want if not torch.equal(got[name], want[name])]
     assert not unequal
+
+
+@needs_hopper
+def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, monkeypatch):
+    """`parallel_linear`'s rows of no expert are zeros, grouped or scattered, whatever was in that memory."""
+    E, T, k, H, N, r = 5, 700, 2, 320, 336, 16
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(4)
+    index = torch.randint(0, E + 1, (T, k), device="cuda")
+    x, weight = torch.randn(T, H, **options, requires_grad=True), torch.randn(E, H, N, **options, requires_grad=True)
+    lora_A, lora_B = torch.randn(E * r, H, **options), torch.randn(N, E * r, **options)
+
+    def run():
+        results = []
+        for grouped_out in (False, True):
+            poison = torch.full((T * k * max(H, N),), float("nan"), **options)
+            del poison  # what is allocated next lies there
+            order = kernel.flatten_sort_count(index, E)
+            lora = {"lora_A": lora_A, "lora_B": lora_B, "scaling": 2.0}
+            out = kernel.parallel_linear_lora(x, weight, k, *order, **lora, grouped_out=grouped_out)
+            results += [out, *torch.autograd.grad(out, (x, weight), torch.ones_like(out))]
+        return results
+
+    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_gemm")
+    original, cleared = module.hopper_gemm, []
+
+    def call(*args, **layout):
+        computed = original(*args, **layout)
+        cleared.append(computed and layout["zero_tail"])
+        return computed
+
+    monkeypatch.setattr(module, "hopper_gemm", call)
+    got = run()
+    assert sum(cleared) == 4
+    no_expert = index.reshape(-1) == E
+    assert no_expert.any() and not got[0][no_expert].any() and not got[3][-int(no_expert.sum()) :].any()
+    use_general_kernels(kernel, monkeypatch)
+    assert all(torch.equal(one, other) for one, other in zip(got, run(), strict=True))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["nobody's slots", "most slots nobody's"])

@@ -172,14 +172,14 @@ def test_one_tensor_given_twice(kernel, replay):
 
 def test_an_error_leaves_no_recording(kernel, replay, monkeypatch):
     """The next call is recorded as if nothing had been."""
-    act = inner(kernel, "triton_kernels")
+    launched = inner(kernel, "triton_kernels")
 
     def fail(*arguments, **options):
         raise RuntimeError("out of memory")
 
     case = Case(**SIZES)
     with monkeypatch.context() as patch:
-        patch.setattr(act, "act", fail)
+        patch.setattr(launched, "grouped_gemm_act", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             case.run(kernel, kernel.moe_mlp, torch.device("cpu"), reference=False)
     assert not replay._programs
@@ -217,18 +217,18 @@ def test_another_thread_is_not_recorded(kernel, replay, monkeypatch):
     """While one thread is in the middle of its recording another runs a whole step: each replays its own launches."""
     first, other = Case(**SIZES), Case(**(SIZES | {"T": 9}))
     launched = inner(kernel, "triton_kernels")
-    act, device, started = launched.act, torch.device("cpu"), []
+    product, device, started = launched.grouped_gemm_act, torch.device("cpu"), []
 
-    def act_after_another_step(*arguments, **options):
-        if not started:  # the act of the first recording, not of the step that it starts
+    def product_after_another_step(*arguments, **options):
+        if not started:  # the product of the first recording, not of the step that it starts
             started.append(threading.get_ident())
             thread = threading.Thread(target=lambda: kept.append(other.check(kernel, device)))
             thread.start()
             thread.join(120)
-        return act(*arguments, **options)
+        return product(*arguments, **options)
 
     kept: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(launched, "act", act_after_another_step)
+    monkeypatch.setattr(launched, "grouped_gemm_act", product_after_another_step)
     first.check(kernel, device)
     assert len(kept) == 1 and len(replay._programs) == 4, "a forward and a backward of each, all complete"
     for seed in (2, 3):

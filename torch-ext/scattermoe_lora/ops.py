@@ -139,10 +139,19 @@ def _forward_body(
         xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
         del dropped
     expand = None if B_up is None else B_up.mT
-    h = run.grouped_gemm(x, w_up, routing, x_fan_out=fan_out, z=xa, expand=expand, bias=gate_up_proj_bias)
-    a = run.act(h, routing, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)
-    if not save:
-        h = None  # its memory is free for the rest
+    h, a = run.grouped_gemm_act(
+        x,
+        w_up,
+        routing,
+        x_fan_out=fan_out,
+        z=xa,
+        expand=expand,
+        bias=gate_up_proj_bias,
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+        save=save,
+    )
     aa = None
     if A_down is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)

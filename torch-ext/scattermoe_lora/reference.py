@@ -338,9 +338,27 @@ def grouped_gemm(
     return out
 
 
-def act(h: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
-    """The activation, ``act(gate) * up``: ``h [S, 2I]``, or ``[S, I]`` without a gate, to ``[S, I]``; grouped."""
-    return activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
+def grouped_gemm_act(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    z: Tensor | None,
+    expand: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    save: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """``(h, a)``: `grouped_gemm` and its activation, ``act(gate) * up``, grouped; ``h`` is None without ``save``.
+
+    ``weight [E, K, 2I]``, or ``[E, K, I]`` without a gate, gives ``h [S, 2I or I]`` and ``a [S, I]``.
+    """
+    h = grouped_gemm(x, weight, routing, x_fan_out=x_fan_out, z=z, expand=expand, bias=bias)
+    a = activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
+    return h if save else None, a
 
 
 def act_grad(

@@ -4,18 +4,17 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
 """
 
-from .act import act, act_grad
+from .act import act_grad
 from .combine import combine
 from .dropout import dropout
 from .gram import gram
-from .grouped_gemm import grouped_gemm
+from .grouped_gemm import grouped_gemm, grouped_gemm_act
 from .launch import columns, empty, empty_like
 from .replay import replay
 from .route import route, schedule
 from .shrink import shrink
 
 __all__ = [
-    "act",
     "act_grad",
     "columns",
     "combine",
@@ -24,6 +23,7 @@ __all__ = [
     "empty_like",
     "gram",
     "grouped_gemm",
+    "grouped_gemm_act",
     "replay",
     "route",
     "schedule",

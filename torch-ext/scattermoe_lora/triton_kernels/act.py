@@ -77,7 +77,7 @@ def _act_kernel(
         n = start + tl.arange(0, BLOCK_N)
         gate, up = _load_gate_up(h_row, n, start, N, 1, mask, HAS_GATE, CONCATENATED, BLOCK_M, BLOCK_N)
         if HAS_GATE:
-            value, slope, factor, factor_slope = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
             a = (value * factor).to(dtype)
         else:
             a = activations.act(gate, ACTIVATION).to(dtype)
@@ -139,7 +139,8 @@ def _act_grad_kernel(
         gate, up = _load_gate_up(h_row, n, start, N, stride_hn, of_expert, HAS_GATE, CONCATENATED, BLOCK_M, BLOCK_N)
         da = g * weight[:, None]
         if HAS_GATE:
-            value, slope, factor, factor_slope = activations.gate_parts(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            slope, factor_slope = activations.gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
             a = value * factor
             d_gate = (da * factor * slope).to(dtype)
             d_up = (da * value * factor_slope).to(dtype)
@@ -162,7 +163,7 @@ def _act_grad_kernel(
 
 
 @functools.cache
-def _activation(activation: str) -> dict[str, str | float]:
+def constants(activation: str) -> dict[str, str | float]:
     """An activation as the kernels' constants."""
     parameters = clamped_glu_parameters(activation)
     name = activation if parameters is None else "clamped_glu"
@@ -178,29 +179,23 @@ def _tile(h: Tensor, routing: Routing) -> tuple[int, tiles.Tile, tuple[int, int]
     return scheduled_m, tile, (num_tiles * (scheduled_m // tile.block_m), 1)
 
 
-def act(h: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
-    """See `reference.act`. ``h`` must be contiguous. Rows of no expert are left unwritten (and never read)."""
-    num_slots = routing.num_slots
-    N = h.shape[1] // 2 if has_gate else h.shape[1]
-    a = empty(num_slots, N, dtype=h.dtype, device=h.device)
-    if a.numel() == 0:
-        return a
+def act(h: Tensor, a: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_concatenated: bool) -> None:
+    """``a = act(h)``, both contiguous. Rows of no expert are left unwritten (and never read)."""
     scheduled_m, tile, grid = _tile(h, routing)
     launch(
         _act_kernel,
         grid,
         (h, a, routing.tiles, routing.scattered_idxs),
-        (N,),
+        (a.shape[1],),
         tile.num_warps,
         tile.num_stages,
-        **_activation(activation),
+        **constants(activation),
         HAS_GATE=has_gate,
         CONCATENATED=is_concatenated,
         SCHEDULED_M=scheduled_m,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
-    return a
 
 
 def act_grad(
@@ -232,7 +227,7 @@ def act_grad(
         (N, *h.stride()),
         tile.num_warps,
         tile.num_stages,
-        **_activation(activation),
+        **constants(activation),
         HAS_GATE=has_gate,
         CONCATENATED=is_concatenated,
         H_FAN_OUT=h_fan_out,

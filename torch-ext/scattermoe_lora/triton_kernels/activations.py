@@ -46,18 +46,27 @@ def act_grad(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def gate_parts(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
-    """``(value, slope, factor, factor's slope)`` of a gated activation ``value(gate) * factor(up)``, float32 tiles."""
+def gated(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """``(value, factor)`` of a gated activation ``value(gate) * factor(up)``, float32 tiles."""
     if NAME == "clamped_glu":
         g = tl.where(gate > LIMIT, LIMIT, gate)  # NaN stays NaN
-        s = tl.sigmoid(ALPHA * g)
-        value = g * s
-        slope = tl.where(gate > LIMIT, 0.0, s * (1.0 + ALPHA * g * (1.0 - s)))
+        value = g * tl.sigmoid(ALPHA * g)
         factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + SHIFT
-        factor_slope = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, 1.0)
     else:
         value = act(gate, NAME)
-        slope = act_grad(gate, NAME)
         factor = up
+    return value, factor
+
+
+@triton.jit
+def gated_slopes(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """The derivatives of `gated`'s value and factor."""
+    if NAME == "clamped_glu":
+        g = tl.where(gate > LIMIT, LIMIT, gate)
+        s = tl.sigmoid(ALPHA * g)
+        slope = tl.where(gate > LIMIT, 0.0, s * (1.0 + ALPHA * g * (1.0 - s)))
+        factor_slope = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, 1.0)
+    else:
+        slope = act_grad(gate, NAME)
         factor_slope = tl.full(up.shape, 1.0, tl.float32)
-    return value, slope, factor, factor_slope
+    return slope, factor_slope

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tiles
 from ..types import Routing
+from .act import act, constants
 from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
 from .launch import empty, launch, tma_can_read
 from .rows import operand_rows, scheduled_tile, tile_rows
@@ -186,6 +187,48 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     return weight, ""
 
 
+def _by_hopper(
+    x: Tensor, weight: Tensor, routing: Routing, out: Tensor | None, element_size: int, **options: Any
+) -> bool:
+    """Whether Hopper's own kernel is there, wants the product, and has computed it."""
+    full = tiles.block_m(routing.num_slots, routing.num_experts) == 128 and weight.shape[2] >= HOPPER_COLUMNS
+    if not full or not x.element_size() == element_size == 2 or not has_hopper_kernels(gpu(x).architecture):
+        return False
+    from .hopper_gemm import hopper_gemm
+
+    return hopper_gemm(x, weight, routing, out, group_m=GROUP_M, **options)
+
+
+def grouped_gemm_act(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    x_fan_out: int,
+    z: Tensor | None,
+    expand: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    save: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """See `reference.grouped_gemm_act`. Rows of no expert are left unwritten."""
+    num_slots, N = routing.num_slots, weight.shape[2]
+    layout = {"has_gate": has_gate, "is_concatenated": is_concatenated}
+    product: dict[str, Any] = {"x_fan_out": x_fan_out, "z": z, "expand": expand, "bias": bias}
+    a = empty(num_slots, N // 2 if has_gate else N, dtype=weight.dtype, device=weight.device)
+    h = empty(num_slots, N, dtype=weight.dtype, device=weight.device) if save else None
+    if a.numel() == 0:
+        return h, a
+    options = {"a": a, "activation": constants(activation), **layout}
+    if _by_hopper(x, weight, routing, h, weight.element_size(), **product, **options):
+        return h, a
+    h = grouped_gemm(x, weight, routing, **product, out=h)
+    act(h, a, routing, activation=activation, **layout)
+    return h if save else None, a
+
+
 def grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -207,14 +250,10 @@ def grouped_gemm(
         out = empty(num_slots, N, dtype=out_dtype or weight.dtype, device=weight.device)
     if out.numel() == 0:
         return out
+    layout: dict[str, Any] = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "zero_tail": zero_tail}
+    if _by_hopper(x, weight, routing, out, out.element_size(), **layout, z=z, expand=expand, bias=bias):
+        return out
     row_tile = tiles.block_m(num_slots, num_experts)
-    wide = row_tile == 128 and N >= HOPPER_COLUMNS and x.element_size() == out.element_size() == 2
-    if wide and not zero_tail and has_hopper_kernels(gpu(x).architecture):
-        from .hopper_gemm import hopper_gemm
-
-        layout: dict[str, Any] = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "group_m": GROUP_M}
-        if hopper_gemm(x, weight, routing, out, **layout, z=z, expand=expand, bias=bias):
-            return out
     tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]
     # At rank 64 on an H200, by 16 ranks a step, unrolled, or by 32 in a pipeline: the two products by A, whose columns

@@ -49,14 +49,14 @@ _REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
-def block(stage, descriptor, PARTS: gl.constexpr):
-    """A stage's memory, or the first of PARTS of it, as what a descriptor loads."""
+def block(stage, descriptor, PARTS: gl.constexpr, part: gl.constexpr = 0):
+    """A stage's memory, or one of PARTS of it, as what a descriptor loads."""
     # In parts, as Triton 3.8 reinterprets all of a memory or nothing.
     if _REINTERPRET:
         parts = stage.reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
     else:
         parts = stage._reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
-    return parts.index(0)
+    return parts.index(part)
 
 
 @gluon.jit
@@ -107,8 +107,10 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def store(out_ptr, y, rows, count, first_column, columns):
     """A warpgroup's 64 rows, the first ``count`` of them, where ``rows`` says that they begin."""
-    column = first_column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, STORES))
-    row = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, STORES))
+    layout: gl.constexpr = y.type.layout
+    column = first_column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
+    row = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
     mask = (row < count)[:, None] & (column < columns)[None, :]
     gl.store(out_ptr + rows[:, None] + column[None, :], y, mask=mask)
 

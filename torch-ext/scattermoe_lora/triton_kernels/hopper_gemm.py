@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import tiles
 from ..types import Routing
+from . import activations
 from .device import gpu
 from .hopper import (
     COLUMNS,
@@ -61,8 +62,8 @@ def _expect(barrier, both, EITHER: gl.constexpr, EACH_HALF: gl.constexpr):
 def _load(
     x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_xm,
     X_FAN_OUT: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr, LORA_STEPS: gl.constexpr,
-    BLOCK_R: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr, PIECES: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
     GATHERED: gl.constexpr = X_FAN_OUT > 0
@@ -76,7 +77,7 @@ def _load(
     num_column_tiles = gl.cdiv(N, BLOCK_N)
     for tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
         expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
-        n = column_tile * BLOCK_N
+        n = column_tile * (BLOCK_N // PIECES)
         both = first_row + HALF < end
         if GATHERED:
             # Rows past the expert's are zeros, which cost less to multiply than a repeated row.
@@ -93,11 +94,12 @@ def _load(
                 mbarrier.expect(barrier, BLOCK_N * BLOCK_K * BYTES)
             else:
                 _expect(barrier, both, BLOCK_N * BLOCK_K * BYTES, HALF * BLOCK_K * BYTES)
-            b = block(b_ring.index(stage), w, 1)
-            if W_TMA == "k":
-                load_block(w, [expert, n, k], barrier, b)
-            else:
-                load_block(w, [expert, k, n], barrier, b)
+            for piece in gl.static_range(PIECES):
+                b = block(b_ring.index(stage), w, PIECES, piece)
+                if W_TMA == "k":
+                    load_block(w, [expert, n + piece * (N // PIECES), k], barrier, b)
+                else:
+                    load_block(w, [expert, k, n + piece * (N // PIECES)], barrier, b)
             if GATHERED:
                 inside_0 = mask_0[:, None]
                 inside_1 = mask_1[:, None]
@@ -116,11 +118,12 @@ def _load(
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
             _expect(barrier, both, BLOCK_N * BLOCK_R * BYTES, HALF * BLOCK_R * BYTES)
-            b = block(b_ring.index(stage), expand, BLOCK_K // BLOCK_R)
-            if EXPAND_TMA == "k":
-                load_block(expand, [expert, n, step * BLOCK_R], barrier, b)
-            else:
-                load_block(expand, [expert, step * BLOCK_R, n], barrier, b)
+            for piece in gl.static_range(PIECES):
+                b = block(b_ring.index(stage), expand, PIECES * (BLOCK_K // BLOCK_R), piece)
+                if EXPAND_TMA == "k":
+                    load_block(expand, [expert, n + piece * (N // PIECES), step * BLOCK_R], barrier, b)
+                else:
+                    load_block(expand, [expert, step * BLOCK_R, n + piece * (N // PIECES)], barrier, b)
             load_block(z, [first_row, step * BLOCK_R], barrier, block(a_ring.index(2 * stage), z, BLOCK_K // BLOCK_R))
             z_1 = block(a_ring.index(2 * stage + 1), z, BLOCK_K // BLOCK_R)
             load_block(z, [first_row + HALF, step * BLOCK_R], barrier, z_1, pred=both)
@@ -130,19 +133,58 @@ def _load(
 
 
 @gluon.jit
+def _finish(
+    out_ptr, a_ptr, y, rows, count, first, N,
+    ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
+    HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
+):  # fmt: skip
+    """Stores a tile's output, from column ``first`` of each of its pieces on, and its activation; or one of the two.
+
+    Here, where tensor cores are busy with the next tile, what the activation takes costs nothing.
+    """
+    ROWS: gl.constexpr = y.shape[0]
+    UNITS: gl.constexpr = y.shape[1] // 2
+    if ACTIVATION == "":
+        store(out_ptr, y, rows * N, count, first, N)
+    elif not HAS_GATE:
+        if out_ptr is not None:
+            store(out_ptr, y, rows * N, count, first, N)
+        a = activations.act(y.to(gl.float32), ACTIVATION)
+        store(a_ptr, a.to(y.dtype), rows * N, count, first, N)
+    else:
+        if PIECES == 2:
+            gate, up = gl.split(gl.permute(gl.reshape(y, (ROWS, 2, UNITS)), (0, 2, 1)))
+            unit = first
+            if out_ptr is not None:
+                store(out_ptr, gate, rows * N, count, unit, N // 2)
+                store(out_ptr + N // 2, up, rows * N, count, unit, N // 2)
+        else:
+            gate, up = gl.split(gl.reshape(y, (ROWS, UNITS, 2)))
+            unit = first // 2
+            if out_ptr is not None:
+                store(out_ptr, y, rows * N, count, first, N)
+        value, factor = activations.gated(gate.to(gl.float32), up.to(gl.float32), ACTIVATION, ALPHA, LIMIT, SHIFT)
+        store(a_ptr, (value * factor).to(y.dtype), rows * (N // 2), count, unit, N // 2)
+
+
+@gluon.jit
 def _multiply(
-    bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be, stride_bn,
+    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be, stride_bn,
     PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
-    OUT_SCATTERED: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr, HAS_BIAS: gl.constexpr,
-    GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
+    HAS_GATE: gl.constexpr, PIECES: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
+    WIDTH: gl.constexpr = BLOCK_N // PIECES
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
     # A tile's output is stored while the next one is multiplied.
-    y = gl.zeros((HALF, BLOCK_N), out_ptr.dtype.element_ty, layout=STORES)
+    dtype: gl.constexpr = a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty
+    y = gl.zeros((HALF, BLOCK_N), dtype, layout=STORES)
     y_rows = gl.zeros((HALF,), gl.int64, layout=gl.SliceLayout(1, STORES))
     y_count = 0
     y_column = 0
@@ -160,7 +202,10 @@ def _multiply(
             wait_full(full.index(stage), phase, GATHERED)
             b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
             acc = add_product(a_ring.index(2 * stage + PART), b, acc)
-            store(out_ptr, y, y_rows * N, y_count, y_column, N)
+            _finish(
+                out_ptr, a_ptr, y, y_rows, y_count, y_column, N,
+                ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+            )  # fmt: skip
             previous = stage
             stage, phase = next_stage(stage, phase, STAGES)
             for _k in range(BLOCK_K, K, BLOCK_K):
@@ -181,19 +226,37 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(previous))
             if HAS_BIAS:
-                column = column_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
+                n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
+                within = column_tile * WIDTH + n % WIDTH
+                column = within + n // WIDTH * (N // PIECES)
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
-                acc += gl.load(bias, mask=column < N, other=0.0).to(gl.float32)[None, :]
-            y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
+                acc += gl.load(bias, mask=within < N // PIECES, other=0.0).to(gl.float32)[None, :]
+            y = gl.convert_layout(acc.to(dtype), STORES)
             y_rows = rows
             y_count = end - first_row
-            y_column = column_tile * BLOCK_N
+            y_column = column_tile * WIDTH
         else:
             for _ in range(gl.cdiv(K, BLOCK_K) + LORA_STEPS):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
-    store(out_ptr, y, y_rows * N, y_count, y_column, N)
+    _finish(
+        out_ptr, a_ptr, y, y_rows, y_count, y_column, N, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES
+    )  # fmt: skip
+    if ZERO_TAIL:
+        tail = gl.load(tiles_ptr) * num_column_tiles
+        skipped = gl.cdiv(gl.maximum(tail - gl.program_id(0), 0), gl.num_programs(0))
+        tail_end = gl.load(tiles_ptr + 1) * num_column_tiles
+        for tile in range(gl.program_id(0) + skipped * gl.num_programs(0), tail_end, gl.num_programs(0)):
+            expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
+            first_row += HALF * PART
+            rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
+            mask = rows < end
+            rows = rows.to(gl.int64)
+            if OUT_SCATTERED:
+                rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
+            zeros = gl.zeros((HALF, BLOCK_N), dtype, layout=STORES)
+            store(out_ptr, zeros, rows * N, end - first_row, column_tile * BLOCK_N, N)
 
 
 @gluon.jit
@@ -205,6 +268,7 @@ def _hopper_gemm_kernel(
     expand,
     bias_ptr,
     out_ptr,
+    a_ptr,
     tiles_ptr,
     scattered_ptr,
     N,
@@ -216,8 +280,15 @@ def _hopper_gemm_kernel(
     W_TMA: gl.constexpr,
     EXPAND_TMA: gl.constexpr,
     OUT_SCATTERED: gl.constexpr,
+    ZERO_TAIL: gl.constexpr,
     LORA_STEPS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    SHIFT: gl.constexpr,
+    HAS_GATE: gl.constexpr,
+    PIECES: gl.constexpr,
     EVEN_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -238,25 +309,27 @@ def _hopper_gemm_kernel(
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS,
-                    GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
+                    stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R,
+                    HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N,
+                    BLOCK_K,
                 ),
             ),
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, LORA_STEPS, BLOCK_R, HAS_BIAS,
-                    GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
+                    stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R,
+                    HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N,
+                    BLOCK_K,
                 ),
             ),
             (
                 _load,
                 (
                     x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_xm,
-                    X_FAN_OUT, W_TMA, EXPAND_TMA, LORA_STEPS, BLOCK_R, EVEN_K, GROUP_M, STAGES, BLOCK_M, BLOCK_N,
-                    BLOCK_K,
+                    X_FAN_OUT, W_TMA, EXPAND_TMA, LORA_STEPS, BLOCK_R, PIECES, EVEN_K, GROUP_M, STAGES, BLOCK_M,
+                    BLOCK_N, BLOCK_K,
                 ),
             ),
         ],
@@ -265,12 +338,12 @@ def _hopper_gemm_kernel(
     )  # fmt: skip
 
 
-def _stack(stack: Tensor, depth: int) -> tuple[TensorDescriptor | None, str]:
+def _stack(stack: Tensor, depth: int, columns: int) -> tuple[TensorDescriptor | None, str]:
     """A stack ``[E, depth, columns]`` for TMA, and which of the two is contiguous: "k", "n", or "" for neither."""
-    by_depth = descriptor(stack, [1, COLUMNS, depth], 1)
+    by_depth = descriptor(stack, [1, columns, depth], 1)
     if by_depth is not None:
         return by_depth, "k"
-    by_columns = descriptor(stack, [1, depth, COLUMNS], 2)
+    by_columns = descriptor(stack, [1, depth, columns], 2)
     return by_columns, "n" if by_columns is not None else ""
 
 
@@ -278,21 +351,31 @@ def hopper_gemm(
     x: Tensor,
     weight: Tensor,
     routing: Routing,
-    out: Tensor,
+    out: Tensor | None,
     *,
     x_fan_out: int,
-    out_scattered: bool,
+    out_scattered: bool = False,
+    zero_tail: bool = False,
     z: Tensor | None,
     expand: Tensor | None,
     bias: Tensor | None,
     group_m: int,
+    a: Tensor | None = None,
+    activation: dict[str, str | float] | None = None,
+    has_gate: bool = False,
+    is_concatenated: bool = False,
 ) -> bool:
-    """`grouped_gemm` into ``out``; False, and nothing done, where operands are not what this kernel reads."""
+    """`grouped_gemm` into ``out``, and its activation, if there is one, into ``a``; either may be None.
+
+    False, and nothing done, where operands are not what this kernel reads.
+    """
     num_slots, num_experts = routing.num_slots, routing.num_experts
     _, K, N = weight.shape
     rank = 0 if z is None else z.shape[1]
     block_r = min(DEPTH, max(16, tiles.next_power_of_2(rank)))
-    w, w_tma = _stack(weight, DEPTH)
+    # Gate and up of a unit belong into one tile: half of its columns are of each.
+    pieces = 2 if activation is not None and has_gate and is_concatenated else 1
+    w, w_tma = _stack(weight, DEPTH, COLUMNS // pieces)
     x_block = z_block = expand_block = None
     expand_tma = ""
     if x_fan_out == 0:
@@ -303,7 +386,7 @@ def hopper_gemm(
         readable = x.stride(1) == 1 and x.data_ptr() % 16 == K % 16 == x.stride(0) % 16 == 0
     if z is not None and expand is not None:
         z_block = descriptor(z, [ROWS // 2, block_r], 1)
-        expand_block, expand_tma = _stack(expand, block_r)
+        expand_block, expand_tma = _stack(expand, block_r, COLUMNS // pieces)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype
     if not readable or w is None or x.dtype != weight.dtype:
@@ -312,7 +395,7 @@ def hopper_gemm(
     launch(
         _hopper_gemm_kernel,
         (min(num_tiles, gpu(x).processors), 1),
-        (x, x_block, w, z_block, expand_block, bias, out, routing.tiles, routing.scattered_idxs),
+        (x, x_block, w, z_block, expand_block, bias, out, a, routing.tiles, routing.scattered_idxs),
         (N, K, x.stride(0), *((0, 0) if bias is None else bias.stride())),
         4,
         STAGES,
@@ -320,8 +403,12 @@ def hopper_gemm(
         W_TMA=w_tma,
         EXPAND_TMA=expand_tma,
         OUT_SCATTERED=out_scattered,
+        ZERO_TAIL=zero_tail,
         LORA_STEPS=tiles.cdiv(rank, block_r),
         HAS_BIAS=bias is not None,
+        **(activation or {"ACTIVATION": "", "ALPHA": 0.0, "LIMIT": 0.0, "SHIFT": 0.0}),
+        HAS_GATE=has_gate,
+        PIECES=pieces,
         EVEN_K=K % DEPTH == 0,
         GROUP_M=group_m,
         STAGES=STAGES,
