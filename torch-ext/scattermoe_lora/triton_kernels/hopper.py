@@ -33,17 +33,7 @@ REGISTERS = 224
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 rows_arrive = async_copy.mbarrier_arrive
-# How a warpgroup stores 64 rows by 256 columns: 16 bytes a thread, and no rows but those that the warp multiplied.
-STORES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 256],
-    )
-)
-# How the loading warps copy: 16 bytes a thread, and 64 columns of a row together.
+# How warps copy rows, and store them: 16 bytes a thread, and 64 columns of a row together.
 COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
@@ -105,14 +95,29 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def store(out_ptr, y, rows, count, first_column, columns):
-    """A warpgroup's 64 rows, the first ``count`` of them, where ``rows`` says that they begin."""
-    layout: gl.constexpr = y.type.layout
-    column = first_column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
-    row = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
-    mask = (row < count)[:, None] & (column < columns)[None, :]
-    gl.store(out_ptr + rows[:, None] + column[None, :], y, mask=mask)
+def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """For each half of a tile's rows memory in which its output waits to be stored, while the next is multiplied.
+
+    In registers it leaves none to compute an activation with.
+    """
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, COLUMNS], dtype)
+    return gl.allocate_shared_memory(dtype, [2, ROWS // 2, COLUMNS], layout)
+
+
+@gluon.jit
+def store(out_ptr, y, rows, inside, first_column, columns):
+    """Rows of an output, of which ``rows`` is where each begins, and ``inside`` whether it is one."""
+    column = gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
+    mask = inside[:, None] & (column < columns - first_column)[None, :]
+    gl.store(out_ptr + first_column + rows[:, None] + column[None, :], y, mask=mask)
+
+
+@gluon.jit
+def store_held(out_ptr, held, rows, inside, first_column, columns):
+    """All of a held output, 64 columns after 64: few are in registers."""
+    for part in gl.static_range(held.shape[1] // 64):
+        y = held.slice(64 * part, 64, dim=1).load(COPIES)
+        store(out_ptr, y, rows, inside, first_column + 64 * part, columns)
 
 
 def descriptor(tensor: Tensor, block: list[int], contiguous: int) -> TensorDescriptor | None:

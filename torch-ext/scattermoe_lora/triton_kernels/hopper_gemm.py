@@ -25,17 +25,18 @@ from .hopper import (
     REGISTERS,
     ROWS,
     STAGES,
-    STORES,
     add_product,
     barriers,
     block,
     descriptor,
+    held_outputs,
     load_block,
     load_rows,
     matrix,
     next_stage,
     rows_arrive,
     store,
+    store_held,
     wait_full,
 )
 from .launch import launch
@@ -134,43 +135,57 @@ def _load(
 
 @gluon.jit
 def _finish(
-    out_ptr, a_ptr, y, rows, count, first, N,
-    ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
-    HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
+    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, STEP: gl.constexpr,
+    OUT_SCATTERED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
+    SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """Stores a tile's output, from column ``first`` of each of its pieces on, and its activation; or one of the two.
-
-    Here, where tensor cores are busy with the next tile, what the activation takes costs nothing.
-    """
-    ROWS: gl.constexpr = y.shape[0]
-    UNITS: gl.constexpr = y.shape[1] // 2
+    """Stores a tile's output, which begins in this column of each of its pieces; or a quarter of it, its activation
+    too, or the latter alone."""
+    ROWS: gl.constexpr = held.shape[0]
+    WIDTH: gl.constexpr = held.shape[1] // PIECES
     if ACTIVATION == "":
-        store(out_ptr, y, rows * N, count, first, N)
-    elif not HAS_GATE:
+        rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
+        inside = rows < end
+        rows = rows.to(gl.int64)
+        if OUT_SCATTERED:
+            rows = gl.load(scattered_ptr + rows, mask=inside, other=0)
+        store_held(out_ptr, held, rows * N, inside, column, N)
+    elif PIECES == 2:
+        # Half of the rows, and 64 of the 128 columns of each piece.
+        first_row += STEP % 2 * (ROWS // 2)
+        column += STEP // 2 * (WIDTH // 2)
+        h = held.slice(STEP % 2 * (ROWS // 2), ROWS // 2, dim=0)
+        gate = h.slice(STEP // 2 * (WIDTH // 2), WIDTH // 2, dim=1).load(COPIES)
+        up = h.slice(WIDTH + STEP // 2 * (WIDTH // 2), WIDTH // 2, dim=1).load(COPIES)
+        rows = first_row + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, COPIES))
+        inside = rows < end
+        rows = rows.to(gl.int64) * (N // 2)
         if out_ptr is not None:
-            store(out_ptr, y, rows * N, count, first, N)
-        a = activations.act(y.to(gl.float32), ACTIVATION)
-        store(a_ptr, a.to(y.dtype), rows * N, count, first, N)
-    else:
-        if PIECES == 2:
-            gate, up = gl.split(gl.permute(gl.reshape(y, (ROWS, 2, UNITS)), (0, 2, 1)))
-            unit = first
-            if out_ptr is not None:
-                store(out_ptr, gate, rows * N, count, unit, N // 2)
-                store(out_ptr + N // 2, up, rows * N, count, unit, N // 2)
-        else:
-            gate, up = gl.split(gl.reshape(y, (ROWS, UNITS, 2)))
-            unit = first // 2
-            if out_ptr is not None:
-                store(out_ptr, y, rows * N, count, first, N)
+            store(out_ptr, gate, 2 * rows, inside, column, N // 2)
+            store(out_ptr + N // 2, up, 2 * rows, inside, column, N // 2)
         value, factor = activations.gated(gate.to(gl.float32), up.to(gl.float32), ACTIVATION, ALPHA, LIMIT, SHIFT)
-        store(a_ptr, (value * factor).to(y.dtype), rows * (N // 2), count, unit, N // 2)
+        store(a_ptr, (value * factor).to(held.dtype), rows, inside, column, N // 2)
+    else:
+        column += STEP * (WIDTH // 4)
+        h = held.slice(STEP * (WIDTH // 4), WIDTH // 4, dim=1).load(COPIES)
+        rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
+        if out_ptr is not None:
+            store(out_ptr, h, rows.to(gl.int64) * N, rows < end, column, N)
+        if HAS_GATE:
+            gate, up = gl.split(gl.reshape(h.to(gl.float32), (ROWS, WIDTH // 8, 2)))
+            value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            a = value * factor
+            rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, a.type.layout))
+            store(a_ptr, a.to(held.dtype), rows.to(gl.int64) * (N // 2), rows < end, column // 2, N // 2)
+        else:
+            a = activations.act(h.to(gl.float32), ACTIVATION)
+            store(a_ptr, a.to(held.dtype), rows.to(gl.int64) * N, rows < end, column, N)
 
 
 @gluon.jit
 def _multiply(
-    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be, stride_bn,
-    PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
+    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+    stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
     HAS_GATE: gl.constexpr, PIECES: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -179,36 +194,36 @@ def _multiply(
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
     WIDTH: gl.constexpr = BLOCK_N // PIECES
+    FINISH_STEPS: gl.constexpr = 1 if ACTIVATION == "" else 4
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
     # A tile's output is stored while the next one is multiplied.
-    dtype: gl.constexpr = a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty
-    y = gl.zeros((HALF, BLOCK_N), dtype, layout=STORES)
-    y_rows = gl.zeros((HALF,), gl.int64, layout=gl.SliceLayout(1, STORES))
-    y_count = 0
-    y_column = 0
+    held = held.index(PART)
+    held_row = 0
+    held_end = 0
+    held_column = 0
     num_column_tiles = gl.cdiv(N, BLOCK_N)
     for tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
         expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
         first_row += HALF * PART
         if first_row < end:
-            rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
-            mask = rows < end
-            rows = rows.to(gl.int64)
-            if OUT_SCATTERED:
-                rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
             acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-            wait_full(full.index(stage), phase, GATHERED)
-            b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
-            acc = add_product(a_ring.index(2 * stage + PART), b, acc)
-            _finish(
-                out_ptr, a_ptr, y, y_rows, y_count, y_column, N,
-                ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
-            )  # fmt: skip
-            previous = stage
-            stage, phase = next_stage(stage, phase, STAGES)
-            for _k in range(BLOCK_K, K, BLOCK_K):
+            previous = 0
+            # While a product is under way, as much of the last tile's output as takes no longer.
+            for step in gl.static_range(FINISH_STEPS):
+                wait_full(full.index(stage), phase, GATHERED)
+                b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
+                acc = add_product(a_ring.index(2 * stage + PART), b, acc)
+                if step > 0:
+                    mbarrier.arrive(empty.index(previous))
+                _finish(
+                    out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, step,
+                    OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+                )  # fmt: skip
+                previous = stage
+                stage, phase = next_stage(stage, phase, STAGES)
+            for _k in range(FINISH_STEPS * BLOCK_K, K, BLOCK_K):
                 wait_full(full.index(stage), phase, GATHERED)
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
                 acc = add_product(a_ring.index(2 * stage + PART), b, acc)
@@ -231,18 +246,20 @@ def _multiply(
                 column = within + n // WIDTH * (N // PIECES)
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
                 acc += gl.load(bias, mask=within < N // PIECES, other=0.0).to(gl.float32)[None, :]
-            y = gl.convert_layout(acc.to(dtype), STORES)
-            y_rows = rows
-            y_count = end - first_row
-            y_column = column_tile * WIDTH
+            held.store(acc.to(held.dtype))
+            held_row = first_row
+            held_end = end
+            held_column = column_tile * WIDTH
         else:
             for _ in range(gl.cdiv(K, BLOCK_K) + LORA_STEPS):
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
-    _finish(
-        out_ptr, a_ptr, y, y_rows, y_count, y_column, N, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES
-    )  # fmt: skip
+    for step in gl.static_range(FINISH_STEPS):
+        _finish(
+            out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, step,
+            OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+        )  # fmt: skip
     if ZERO_TAIL:
         tail = gl.load(tiles_ptr) * num_column_tiles
         skipped = gl.cdiv(gl.maximum(tail - gl.program_id(0), 0), gl.num_programs(0))
@@ -250,13 +267,11 @@ def _multiply(
         for tile in range(gl.program_id(0) + skipped * gl.num_programs(0), tail_end, gl.num_programs(0)):
             expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
             first_row += HALF * PART
-            rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES))
-            mask = rows < end
-            rows = rows.to(gl.int64)
-            if OUT_SCATTERED:
-                rows = gl.load(scattered_ptr + rows, mask=mask, other=0)
-            zeros = gl.zeros((HALF, BLOCK_N), dtype, layout=STORES)
-            store(out_ptr, zeros, rows * N, end - first_row, column_tile * BLOCK_N, N)
+            held.store(gl.zeros((HALF, BLOCK_N), held.dtype, layout=products))
+            _finish(
+                out_ptr, a_ptr, held, scattered_ptr, first_row, end, column_tile * BLOCK_N, N, 0,
+                OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -302,6 +317,7 @@ def _hopper_gemm_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_K], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
+    held = held_outputs(a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     # What TMA loads, and each loading thread if it copies rows.
     full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
     gl.warp_specialize(
@@ -309,19 +325,19 @@ def _hopper_gemm_kernel(
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R,
-                    HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N,
-                    BLOCK_K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+                    stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
+                    LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_be,
-                    stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R,
-                    HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N,
-                    BLOCK_K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+                    stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
+                    LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
@@ -389,7 +405,8 @@ def hopper_gemm(
         expand_block, expand_tma = _stack(expand, block_r, COLUMNS // pieces)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype
-    if not readable or w is None or x.dtype != weight.dtype:
+    # An activation is stored in four steps of the next tile.
+    if not readable or w is None or x.dtype != weight.dtype or (a is not None and K <= 4 * DEPTH):
         return False
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, ROWS) * tiles.cdiv(N, COLUMNS)
     launch(

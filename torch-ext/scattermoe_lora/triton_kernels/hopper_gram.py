@@ -22,15 +22,15 @@ from .hopper import (
     REGISTERS,
     ROWS,
     STAGES,
-    STORES,
     add_product,
     barriers,
     descriptor,
+    held_outputs,
     load_block,
     load_rows,
     next_stage,
     rows_arrive,
-    store,
+    store_held,
     wait_full,
 )
 from .launch import launch
@@ -127,17 +127,18 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om,
+    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
     PART: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, STORES)).to(gl.int64)
+    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, COPIES))
+    rows = row.to(gl.int64) * stride_om
     stage = 0
     phase = 0
     # A tile's output is stored while the next one is multiplied.
-    y = gl.zeros((HALF, BLOCK_N), out_ptr.dtype.element_ty, layout=STORES)
+    held = held.index(PART)
     y_ptr = out_ptr
     y_count = 0
     y_column = 0
@@ -148,7 +149,7 @@ def _multiply(
         wait_full(full.index(stage), phase, True)
         a = a_ring.index(2 * stage + PART).permute((1, 0))
         acc = add_product(a, b_ring.index(stage), acc)
-        store(y_ptr, y, row * stride_om, y_count, y_column, N)
+        store_held(y_ptr, held, rows, row < y_count, y_column, N)
         previous = stage
         stage, phase = next_stage(stage, phase, STAGES)
         for _first in range(start + BLOCK_K, end, BLOCK_K):
@@ -160,13 +161,11 @@ def _multiply(
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(previous))
-        # Converted here, though the store could: Triton 3.6 would leave them where the next products are summed, and
-        # ptxas then waits for each of these.
-        y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORES)
+        held.store(acc.to(held.dtype))
         y_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
         y_count = M - m
         y_column = n
-    store(y_ptr, y, row * stride_om, y_count, y_column, N)
+    store_held(y_ptr, held, rows, row < y_count, y_column, N)
 
 
 @gluon.jit
@@ -200,6 +199,7 @@ def _hopper_gram_kernel(
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_M // 2], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_layout)
+    held = held_outputs(out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     # What TMA loads, and each loading thread.
     full, empty = barriers(129, STAGES)
     gl.warp_specialize(
@@ -207,15 +207,15 @@ def _hopper_gram_kernel(
             (
                 _multiply,
                 (
-                    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om, 0,
-                    STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
+                    0, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
                 _multiply,
                 (
-                    out_ptr, offsets_ptr, a_ring, b_ring, full, empty, num_tiles, M, N, stride_oe, stride_om, 1,
-                    STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
+                    1, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
