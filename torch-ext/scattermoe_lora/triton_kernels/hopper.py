@@ -95,13 +95,49 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """For each half of a tile's rows memory in which its output waits to be stored, while the next is multiplied.
+def before(stage, STAGES: gl.constexpr):
+    """The stage before; computed, as of two names of one value Triton 3.6 carries one through a loop."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
 
-    In registers it leaves none to compute an activation with.
+
+@gluon.jit
+def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Memory in which outputs wait to be stored, while the next tile is multiplied: 64 columns after 64.
+
+    In registers they leave none to compute an activation with.
     """
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, COLUMNS], dtype)
-    return gl.allocate_shared_memory(dtype, [2, ROWS // 2, COLUMNS], layout)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, 64], dtype)
+    return gl.allocate_shared_memory(dtype, [2 * (COLUMNS // 64), ROWS // 2, 64], layout)
+
+
+@gluon.jit
+def _halves(y):
+    """The first and the second half of the columns; both are each thread's own, so nothing moves."""
+    return gl.split(gl.permute(gl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def hold(held, acc, HALF: gl.constexpr):
+    """A warpgroup's output ``[64, 256]`` to where it waits."""
+    left, right = _halves(acc.to(held.dtype))
+    columns_0, columns_1 = _halves(left)
+    columns_2, columns_3 = _halves(right)
+    held.index(4 * HALF).store(columns_0)
+    held.index(4 * HALF + 1).store(columns_1)
+    held.index(4 * HALF + 2).store(columns_2)
+    held.index(4 * HALF + 3).store(columns_3)
+
+
+@gluon.jit
+def held_block(held, HALF: gl.constexpr, columns, half_rows):
+    """32 rows of 64 columns of what a warpgroup holds: a thread has 16 elements of them."""
+    ROWS: gl.constexpr = held.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], held.dtype)
+    if _REINTERPRET:
+        blocks = held.reinterpret(held.dtype, [2 * held.shape[0], ROWS, 64], layout)
+    else:
+        blocks = held._reinterpret(held.dtype, [2 * held.shape[0], ROWS, 64], layout)
+    return blocks.index(2 * (4 * HALF + columns) + half_rows).load(COPIES)
 
 
 @gluon.jit
@@ -110,14 +146,6 @@ def store(out_ptr, y, rows, inside, first_column, columns):
     column = gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
     mask = inside[:, None] & (column < columns - first_column)[None, :]
     gl.store(out_ptr + first_column + rows[:, None] + column[None, :], y, mask=mask)
-
-
-@gluon.jit
-def store_held(out_ptr, held, rows, inside, first_column, columns):
-    """All of a held output, 64 columns after 64: few are in registers."""
-    for part in gl.static_range(held.shape[1] // 64):
-        y = held.slice(64 * part, 64, dim=1).load(COPIES)
-        store(out_ptr, y, rows, inside, first_column + 64 * part, columns)
 
 
 def descriptor(tensor: Tensor, block: list[int], contiguous: int) -> TensorDescriptor | None:

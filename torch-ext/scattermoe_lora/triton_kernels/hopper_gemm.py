@@ -27,16 +27,18 @@ from .hopper import (
     STAGES,
     add_product,
     barriers,
+    before,
     block,
     descriptor,
+    held_block,
     held_outputs,
+    hold,
     load_block,
     load_rows,
     matrix,
     next_stage,
     rows_arrive,
     store,
-    store_held,
     wait_full,
 )
 from .launch import launch
@@ -135,51 +137,43 @@ def _load(
 
 @gluon.jit
 def _finish(
-    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, STEP: gl.constexpr,
+    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, step, HALF: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """Stores a tile's output, which begins in this column of each of its pieces; or a quarter of it, its activation
-    too, or the latter alone."""
-    ROWS: gl.constexpr = held.shape[0]
-    WIDTH: gl.constexpr = held.shape[1] // PIECES
-    if ACTIVATION == "":
-        rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
-        inside = rows < end
-        rows = rows.to(gl.int64)
-        if OUT_SCATTERED:
-            rows = gl.load(scattered_ptr + rows, mask=inside, other=0)
-        store_held(out_ptr, held, rows * N, inside, column, N)
-    elif PIECES == 2:
-        # Half of the rows, and 64 of the 128 columns of each piece.
-        first_row += STEP % 2 * (ROWS // 2)
-        column += STEP // 2 * (WIDTH // 2)
-        h = held.slice(STEP % 2 * (ROWS // 2), ROWS // 2, dim=0)
-        gate = h.slice(STEP // 2 * (WIDTH // 2), WIDTH // 2, dim=1).load(COPIES)
-        up = h.slice(WIDTH + STEP // 2 * (WIDTH // 2), WIDTH // 2, dim=1).load(COPIES)
-        rows = first_row + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, COPIES))
-        inside = rows < end
-        rows = rows.to(gl.int64) * (N // 2)
-        if out_ptr is not None:
-            store(out_ptr, gate, 2 * rows, inside, column, N // 2)
-            store(out_ptr + N // 2, up, 2 * rows, inside, column, N // 2)
-        value, factor = activations.gated(gate.to(gl.float32), up.to(gl.float32), ACTIVATION, ALPHA, LIMIT, SHIFT)
-        store(a_ptr, (value * factor).to(held.dtype), rows, inside, column, N // 2)
-    else:
-        column += STEP * (WIDTH // 4)
-        h = held.slice(STEP * (WIDTH // 4), WIDTH // 4, dim=1).load(COPIES)
-        rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
-        if out_ptr is not None:
-            store(out_ptr, h, rows.to(gl.int64) * N, rows < end, column, N)
-        if HAS_GATE:
-            gate, up = gl.split(gl.reshape(h.to(gl.float32), (ROWS, WIDTH // 8, 2)))
-            value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
-            a = value * factor
-            rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, a.type.layout))
-            store(a_ptr, a.to(held.dtype), rows.to(gl.int64) * (N // 2), rows < end, column // 2, N // 2)
-        else:
+    """Stores a block of a held output, which begins in this column of each of its pieces, and its activation.
+
+    As much as takes no longer than a product: 32 rows by 64 columns of each piece.
+    """
+    ROWS: gl.constexpr = held.shape[1] // 2
+    h = held_block(held, HALF, step // 2, step % 2)
+    first_row += step % 2 * ROWS
+    column += step // 2 * 64
+    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
+    inside = rows < end
+    rows = rows.to(gl.int64)
+    if OUT_SCATTERED:
+        rows = gl.load(scattered_ptr + rows, mask=inside, other=0)
+    if out_ptr is not None:
+        store(out_ptr, h, rows * N, inside, column, N // PIECES)
+    if ACTIVATION != "":
+        if not HAS_GATE:
             a = activations.act(h.to(gl.float32), ACTIVATION)
-            store(a_ptr, a.to(held.dtype), rows.to(gl.int64) * N, rows < end, column, N)
+            store(a_ptr, a.to(held.dtype), rows * N, inside, column, N)
+        else:
+            if PIECES == 2:
+                up = held_block(held, HALF, 2 + step // 2, step % 2)
+                if out_ptr is not None:
+                    store(out_ptr + N // 2, up, rows * N, inside, column, N // 2)
+                gate, up = h.to(gl.float32), up.to(gl.float32)
+            else:
+                gate, up = gl.split(gl.reshape(h.to(gl.float32), (ROWS, 32, 2)))
+                column = column // 2
+                rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gate.type.layout))
+                inside = rows < end
+                rows = rows.to(gl.int64)
+            value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            store(a_ptr, (value * factor).to(held.dtype), rows * (N // 2), inside, column, N // 2)
 
 
 @gluon.jit
@@ -194,12 +188,12 @@ def _multiply(
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
     WIDTH: gl.constexpr = BLOCK_N // PIECES
-    FINISH_STEPS: gl.constexpr = 1 if ACTIVATION == "" else 4
+    BLOCKS: gl.constexpr = 2 * (WIDTH // 64)
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
-    # A tile's output is stored while the next one is multiplied.
-    held = held.index(PART)
+    # A tile's output is stored while the next one is multiplied, a block of it in each of the first steps.
+    step = BLOCKS
     held_row = 0
     held_end = 0
     held_column = 0
@@ -209,44 +203,40 @@ def _multiply(
         first_row += HALF * PART
         if first_row < end:
             acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-            previous = 0
-            # While a product is under way, as much of the last tile's output as takes no longer.
-            for step in gl.static_range(FINISH_STEPS):
+            for k in range(0, K, BLOCK_K):
                 wait_full(full.index(stage), phase, GATHERED)
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
                 acc = add_product(a_ring.index(2 * stage + PART), b, acc)
-                if step > 0:
-                    mbarrier.arrive(empty.index(previous))
-                _finish(
-                    out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, step,
-                    OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
-                )  # fmt: skip
-                previous = stage
-                stage, phase = next_stage(stage, phase, STAGES)
-            for _k in range(FINISH_STEPS * BLOCK_K, K, BLOCK_K):
-                wait_full(full.index(stage), phase, GATHERED)
-                b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
-                acc = add_product(a_ring.index(2 * stage + PART), b, acc)
-                mbarrier.arrive(empty.index(previous))
-                previous = stage
+                mbarrier.arrive(empty.index(before(stage, STAGES)), pred=k > 0)
+                if step < BLOCKS:
+                    _finish(
+                        out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, step, PART,
+                        OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+                    )  # fmt: skip
+                    step += 1
                 stage, phase = next_stage(stage, phase, STAGES)
             for _step in gl.static_range(LORA_STEPS):
                 wait_full(full.index(stage), phase, False)
                 z = matrix(a_ring.index(2 * stage + PART), HALF, BLOCK_R)
                 b = _weights(b_ring.index(stage), EXPAND_TMA, BLOCK_R, BLOCK_N)
                 acc = add_product(z, b, acc)
-                mbarrier.arrive(empty.index(previous))
-                previous = stage
+                mbarrier.arrive(empty.index(before(stage, STAGES)))
                 stage, phase = next_stage(stage, phase, STAGES)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(previous))
+            mbarrier.arrive(empty.index(before(stage, STAGES)))
+            for rest in range(step, BLOCKS):
+                _finish(
+                    out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, rest, PART,
+                    OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+                )  # fmt: skip
             if HAS_BIAS:
                 n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
                 within = column_tile * WIDTH + n % WIDTH
                 column = within + n // WIDTH * (N // PIECES)
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
                 acc += gl.load(bias, mask=within < N // PIECES, other=0.0).to(gl.float32)[None, :]
-            held.store(acc.to(held.dtype))
+            hold(held, acc, PART)
+            step = 0
             held_row = first_row
             held_end = end
             held_column = column_tile * WIDTH
@@ -255,9 +245,9 @@ def _multiply(
                 mbarrier.wait(full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
-    for step in gl.static_range(FINISH_STEPS):
+    for rest in range(step, BLOCKS):
         _finish(
-            out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, step,
+            out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, rest, PART,
             OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
         )  # fmt: skip
     if ZERO_TAIL:
@@ -267,11 +257,12 @@ def _multiply(
         for tile in range(gl.program_id(0) + skipped * gl.num_programs(0), tail_end, gl.num_programs(0)):
             expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
             first_row += HALF * PART
-            held.store(gl.zeros((HALF, BLOCK_N), held.dtype, layout=products))
-            _finish(
-                out_ptr, a_ptr, held, scattered_ptr, first_row, end, column_tile * BLOCK_N, N, 0,
-                OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
-            )  # fmt: skip
+            hold(held, gl.zeros((HALF, BLOCK_N), gl.float32, layout=products), PART)
+            for rest in range(0, BLOCKS):
+                _finish(
+                    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column_tile * BLOCK_N, N, rest, PART,
+                    OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -405,8 +396,7 @@ def hopper_gemm(
         expand_block, expand_tma = _stack(expand, block_r, COLUMNS // pieces)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype
-    # An activation is stored in four steps of the next tile.
-    if not readable or w is None or x.dtype != weight.dtype or (a is not None and K <= 4 * DEPTH):
+    if not readable or w is None or x.dtype != weight.dtype:
         return False
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, ROWS) * tiles.cdiv(N, COLUMNS)
     launch(

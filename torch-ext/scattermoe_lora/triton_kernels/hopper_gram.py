@@ -24,13 +24,16 @@ from .hopper import (
     STAGES,
     add_product,
     barriers,
+    before,
     descriptor,
+    held_block,
     held_outputs,
+    hold,
     load_block,
     load_rows,
     next_stage,
     rows_arrive,
-    store_held,
+    store,
     wait_full,
 )
 from .launch import launch
@@ -126,46 +129,54 @@ def _load(
 
 
 @gluon.jit
+def _store(out_ptr, held, rows, column, columns, stride, block, PART: gl.constexpr):
+    """A block of a held output."""
+    y = held_block(held, PART, block // 2, block % 2)
+    row = block % 2 * y.shape[0] + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, COPIES))
+    store(out_ptr, y, row.to(gl.int64) * stride, row < rows, column + block // 2 * 64, columns)
+
+
+@gluon.jit
 def _multiply(
     out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
     PART: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
+    HELD: gl.constexpr = 2 * (BLOCK_N // 64)
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, COPIES))
-    rows = row.to(gl.int64) * stride_om
     stage = 0
     phase = 0
     # A tile's output is stored while the next one is multiplied.
-    held = held.index(PART)
-    y_ptr = out_ptr
-    y_count = 0
-    y_column = 0
+    held_ptr = out_ptr
+    held_rows = 0
+    held_column = 0
+    block = HELD
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
         m += HALF * PART
         acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
-        wait_full(full.index(stage), phase, True)
-        a = a_ring.index(2 * stage + PART).permute((1, 0))
-        acc = add_product(a, b_ring.index(stage), acc)
-        store_held(y_ptr, held, rows, row < y_count, y_column, N)
-        previous = stage
-        stage, phase = next_stage(stage, phase, STAGES)
-        for _first in range(start + BLOCK_K, end, BLOCK_K):
+        # At least one block, of zeros, for an expert without rows.
+        for k in range(0, gl.maximum(gl.cdiv(end - start, BLOCK_K), 1)):
             wait_full(full.index(stage), phase, True)
             a = a_ring.index(2 * stage + PART).permute((1, 0))
             acc = add_product(a, b_ring.index(stage), acc)
-            mbarrier.arrive(empty.index(previous))
-            previous = stage
+            mbarrier.arrive(empty.index(before(stage, STAGES)), pred=k > 0)
+            if block < HELD:
+                _store(held_ptr, held, held_rows, held_column, N, stride_om, block, PART)
+                block += 1
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(previous))
-        held.store(acc.to(held.dtype))
-        y_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
-        y_count = M - m
-        y_column = n
-    store_held(y_ptr, held, rows, row < y_count, y_column, N)
+        mbarrier.arrive(empty.index(before(stage, STAGES)))
+        for rest in range(block, HELD):
+            _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
+        hold(held, acc, PART)
+        held_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
+        held_rows = M - m
+        held_column = n
+        block = 0
+    for rest in range(block, HELD):
+        _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
 
 
 @gluon.jit
