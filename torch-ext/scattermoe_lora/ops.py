@@ -81,7 +81,10 @@ def _moe_mlp_forward(
     lora_dropout: float,
     save: bool,
 ) -> List[Tensor]:
-    """``[out]``, and with ``save`` what the backward needs: ``h, xa, aa, scattered_idxs, expert_offsets, tiles``."""
+    """``[out]``, and with ``save`` what the backward needs: ``h, xa, waa, scattered_idxs, expert_offsets, tiles``.
+
+    ``waa`` is the down projection's product into the rank times the routing weights, as the gradient of B has it.
+    """
     dtype = gate_up_proj.dtype
     tensors = (
         hidden_states.to(dtype),
@@ -152,17 +155,21 @@ def _forward_body(
         is_concatenated=is_concatenated,
         save=save,
     )
-    aa = None
+    aa = waa = None
     if A_down is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        aa = run.shrink(dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling)
+        if save:
+            waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
+        aa = run.shrink(
+            dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling, row_weights=weights, weighted=waa
+        )
         del dropped
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     expand = None if B_down is None else B_down.mT
     _gemm_combine(
         run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
     )
-    return [out, h, xa, aa, scattered_idxs, expert_offsets, tiles] if save else [out]
+    return [out, h, xa, waa, scattered_idxs, expert_offsets, tiles] if save else [out]
 
 
 def _drop_activation(
@@ -281,7 +288,7 @@ def _moe_mlp_backward(
     dropout_seed: Optional[Tensor],
     h: Tensor,
     xa: Tensor,
-    aa: Tensor,
+    waa: Tensor,
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     tiles: Tensor,
@@ -314,7 +321,7 @@ def _moe_mlp_backward(
         dropout_seed,
         h,
         xa,
-        aa,
+        waa,
         scattered_idxs,
         expert_offsets,
         tiles,
@@ -349,7 +356,7 @@ def _backward_body(
     seed: Optional[Tensor],
     h: Tensor,
     xa: Tensor,
-    aa: Tensor,
+    waa: Tensor,
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     tiles: Tensor,
@@ -420,7 +427,7 @@ def _backward_body(
         del dropped
     if need_down_B:
         grads[8] = run.empty_like(down_B)
-        run.gram(dout, aa, routing, grads[8], left_fan_out=fan_out, row_weights=weights)
+        run.gram(dout, waa, routing, grads[8], left_fan_out=fan_out)
     if not need_dh:
         return grads
     a = None  # its memory is free for dX
@@ -500,7 +507,7 @@ def _(
     dropout_seed,
     h,
     xa,
-    aa,
+    waa,
     scattered_idxs,
     expert_offsets,
     tiles,

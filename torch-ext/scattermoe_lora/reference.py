@@ -275,6 +275,8 @@ def shrink(
     x_fan_out: int,
     scale: float,
     out_scattered: bool = False,
+    row_weights: Tensor | None = None,
+    weighted: Tensor | None = None,
 ) -> Tensor:
     """``z[row] = scale * x[row'] @ factor[e]``: a product into the LoRA rank.
 
@@ -284,6 +286,7 @@ def shrink(
         x_fan_out: how a grouped row finds its row of ``x``: 0, the same row; ``f`` > 0, row ``slot // f``.
         scale: multiplies the result.
         out_scattered: put the results in scattered instead of grouped order.
+        weighted: ``[S, r]`` grouped, to write ``row_weights * z`` to; ``row_weights [S]`` are in scattered order.
 
     Returns:
         ``[S, r]`` in ``factor``'s dtype, accumulated in float32.
@@ -292,6 +295,8 @@ def shrink(
     for e, rows in _groups(routing):
         z = scale * _matmul(_take(x, routing, rows, x_fan_out), factor[e])
         _put(out, routing, rows, out_scattered, z)
+        if weighted is not None and row_weights is not None:
+            weighted[rows] = (z * row_weights[routing.scattered_idxs[rows], None].to(z.dtype)).to(weighted.dtype)
     return out
 
 

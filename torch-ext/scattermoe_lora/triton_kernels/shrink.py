@@ -18,6 +18,8 @@ def _shrink_kernel(
     x_ptr,
     factor_ptr,
     out_ptr,
+    weighted_ptr,
+    row_weights_ptr,
     tiles_ptr,
     scattered_ptr,
     scale,
@@ -30,6 +32,7 @@ def _shrink_kernel(
     stride_fr,
     X_FAN_OUT: tl.constexpr,
     OUT_SCATTERED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     SCHEDULED_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -56,10 +59,13 @@ def _shrink_kernel(
         x = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=(kk < K)[None, :], other=0.0)
         f = tl.load(factor + kk[:, None] * stride_fk, mask=(kk < K)[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(x, f, acc, input_precision="ieee")
+    inside = mask[:, None] & (r < R)[None, :]
     out_rows = operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)
-    tl.store(
-        out_ptr + out_rows[:, None] * R + r[None, :], (acc * scale).to(dtype), mask=mask[:, None] & (r < R)[None, :]
-    )
+    tl.store(out_ptr + out_rows[:, None] * R + r[None, :], (acc * scale).to(dtype), mask=inside)
+    if WEIGHTED:
+        weights = tl.load(row_weights_ptr + slots, mask=mask, other=0.0).to(tl.float32)
+        weighted = (acc * scale * weights[:, None]).to(dtype)
+        tl.store(weighted_ptr + rows[:, None] * R + r[None, :], weighted, mask=inside)
 
 
 def shrink(
@@ -70,6 +76,8 @@ def shrink(
     x_fan_out: int,
     scale: float,
     out_scattered: bool = False,
+    row_weights: Tensor | None = None,
+    weighted: Tensor | None = None,
 ) -> Tensor:
     """See `reference.shrink`. Rows of no expert are zeros if ``out_scattered``, else left unwritten (never read)."""
     num_slots, num_experts = routing.num_slots, routing.num_experts
@@ -86,12 +94,13 @@ def shrink(
     launch(
         _shrink_kernel,
         grid,
-        (x, factor, out, routing.tiles, routing.scattered_idxs),
+        (x, factor, out, weighted, row_weights, routing.tiles, routing.scattered_idxs),
         (scale, K, R, *x.stride(), *factor.stride()),
         tile.num_warps,
         tile.num_stages,
         X_FAN_OUT=x_fan_out,
         OUT_SCATTERED=out_scattered,
+        WEIGHTED=weighted is not None,
         SCHEDULED_M=scheduled_m,
         BLOCK_M=tile.block_m,
         BLOCK_R=tile.block_n,
