@@ -21,8 +21,11 @@ from .types import Routing
 
 
 def _in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter factor as the kernels read it: the base's dtype, dense (PEFT's B has its expert index fastest)."""
-    if factor.dtype == dtype and factor.is_contiguous():
+    """An adapter factor as the kernels read it: the base's dtype, its last dimension dense.
+
+    ScatterMoE's expert-major factors are so as they are; in PEFT's B the expert index is fastest.
+    """
+    if factor.dtype == dtype and (factor.stride(-1) == 1 or factor.is_contiguous()):
         return factor
     # Both at once where both are needed: `to` alone keeps the strides of a factor of another dtype.
     return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
