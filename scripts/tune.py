@@ -111,7 +111,7 @@ class Layer:
         H, I, S = m.hidden_size, m.intermediate_size, self.tokens * m.top_k  # noqa: E741
         index = torch.rand(self.tokens, E, device="cuda").topk(m.top_k, dim=1).indices
         _, scattered, offsets = self.run.route(index.reshape(-1), E)
-        self.routing = inner(self.kernel, "backend").routing(scattered, offsets)
+        self.routing = inner(self.kernel, "backend").routing(scattered, offsets, DTYPE)
         self.x = torch.randn(self.tokens, H, **options)
         self.up = torch.randn(E, 2 * I, H, **options) * H**-0.5
         self.down = torch.randn(E, H, I, **options) * I**-0.5

@@ -39,11 +39,13 @@ def _triton_kernels(device_type: str) -> ModuleType:
     return triton_kernels
 
 
-def routing(scattered_idxs: Tensor, expert_offsets: Tensor) -> Routing:
-    """A routing with its schedule, from indices of any strides and integer dtype."""
+def routing(scattered_idxs: Tensor, expert_offsets: Tensor, dtype: torch.dtype) -> Routing:
+    """A routing with its schedule, from indices of any strides and integer dtype, for products of a dtype."""
+    run = of(scattered_idxs)
     scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
-    schedule = of(scattered_idxs).schedule(expert_offsets, scattered_idxs.shape[0])
-    return Routing(scattered_idxs, expert_offsets, schedule)
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], dtype)
+    schedule = run.schedule(expert_offsets, scattered_idxs.shape[0], tile_rows)
+    return Routing(scattered_idxs, expert_offsets, schedule, tile_rows)
 
 
 def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:

@@ -136,8 +136,9 @@ def _forward_body(
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    tiles = run.schedule(expert_offsets, expert_ids.shape[0])
-    routing = Routing(scattered_idxs, expert_offsets, tiles)
+    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], gate_up_proj.dtype)
+    tiles = run.schedule(expert_offsets, expert_ids.shape[0], tile_rows)
+    routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
 
     xa = None
     if A_up is not None:
@@ -381,7 +382,8 @@ def _backward_body(
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    routing = Routing(scattered_idxs, expert_offsets, tiles)
+    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], gate_up_proj.dtype)
+    routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
     need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
@@ -602,7 +604,7 @@ def _linear_forward_body(
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, num_slots))
+    routing = backend.routing(scattered_idxs, expert_offsets, weight.dtype)
     xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
     y = run.grouped_gemm(
         x,
@@ -708,7 +710,7 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates. Factors twice, as above."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    routing = Routing(scattered_idxs, expert_offsets, run.schedule(expert_offsets, scattered_idxs.shape[0]))
+    routing = backend.routing(scattered_idxs, expert_offsets, weight.dtype)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 

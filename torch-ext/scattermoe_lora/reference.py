@@ -262,7 +262,12 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return sorted_expert_idxs, sorted_scattered_idxs, counts[:num_experts].cumsum(0)
 
 
-def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
+def tile_rows(expert_offsets: Tensor, num_slots: int, dtype: torch.dtype) -> int:
+    """How many rows of an expert are multiplied together; see `Routing`. On the CPU all of them."""
+    return max(1, num_slots)
+
+
+def schedule(expert_offsets: Tensor, num_slots: int, tile_rows: int) -> Tensor:
     """The CPU backend walks the offsets themselves: an empty int32 ``[0, 4]``."""
     return torch.empty(0, 4, dtype=torch.int32, device=expert_offsets.device)
 

@@ -20,11 +20,13 @@ class Routing:
         tiles: int32 ``[n, 4]``, the kernels' schedule: first how many row tiles the experts have, and how many with
             those of no expert; then (expert, first grouped row, end of the expert's rows, the expert's first tile) of
             each tile, expert ``E`` for rows of no expert. Empty for the CPU backend, which needs none.
+        tile_rows: how many rows a tile has.
     """
 
     scattered_idxs: Tensor
     expert_offsets: Tensor
     tiles: Tensor
+    tile_rows: int
 
     @property
     def num_slots(self) -> int:

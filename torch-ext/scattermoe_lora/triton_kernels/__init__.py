@@ -6,6 +6,7 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 
 from .act import act_grad
 from .combine import combine
+from .device import tile_rows
 from .dropout import dropout
 from .gram import gram
 from .grouped_gemm import grouped_gemm, grouped_gemm_act
@@ -28,4 +29,5 @@ __all__ = [
     "route",
     "schedule",
     "shrink",
+    "tile_rows",
 ]

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tiles
 from ..types import Routing
 from .act import act, constants
-from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
+from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch, tma_can_read
 from .rows import operand_rows, scheduled_tile, tile_rows
 
@@ -191,7 +191,7 @@ def _by_hopper(
     x: Tensor, weight: Tensor, routing: Routing, out: Tensor | None, element_size: int, **options: Any
 ) -> bool:
     """Whether Hopper's own kernel is there, wants the product, and has computed it."""
-    full = tiles.block_m(routing.num_slots, routing.num_experts) == 128 and weight.shape[2] >= HOPPER_COLUMNS
+    full = routing.tile_rows == HOPPER_ROWS and weight.shape[2] >= HOPPER_COLUMNS
     if not full or not x.element_size() == element_size == 2 or not has_hopper_kernels(gpu(x).architecture):
         return False
     from .hopper_gemm import hopper_gemm
@@ -253,8 +253,7 @@ def grouped_gemm(
     layout: dict[str, Any] = {"x_fan_out": x_fan_out, "out_scattered": out_scattered, "zero_tail": zero_tail}
     if _by_hopper(x, weight, routing, out, out.element_size(), **layout, z=z, expand=expand, bias=bias):
         return out
-    row_tile = tiles.block_m(num_slots, num_experts)
-    tile = tiles.gemm_tile(x_fan_out > 0, row_tile, N, weight.dtype, gpu(weight))
+    tile = tiles.gemm_tile(x_fan_out > 0, routing.tile_rows, N, weight.dtype, gpu(weight))
     rank = 0 if z is None else z.shape[1]
     # At rank 64 on an H200, by 16 ranks a step, unrolled, or by 32 in a pipeline: the two products by A, whose columns
     # are contiguous, took 1.40 and 1.65 ms of a Qwen3-30B-A3B step, those by B, whose ranks are, 1.30 and 1.21. On
@@ -264,7 +263,7 @@ def grouped_gemm(
     block_r = min(16 if unroll_lora else 32, max(16, tiles.next_power_of_2(rank)))
     x_descriptor = _x_operand(x, x_fan_out, tile)
     w_operand, w_tma = _w_operand(weight, tile)
-    num_tiles = tiles.num_row_tiles(num_slots, num_experts, row_tile) * tiles.cdiv(N, tile.block_n)
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, routing.tile_rows) * tiles.cdiv(N, tile.block_n)
     launch(
         _grouped_gemm_kernel,
         (min(num_tiles, gpu(x).processors * tile.programs_per_processor), 1),

@@ -19,10 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .device import HOPPER_COLUMNS, HOPPER_ROWS
 from .launch import tma_can_read
 
 # Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
-ROWS, COLUMNS, DEPTH = 128, 256, 64
+ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
 # Stages of the ring. With four, processors that share a weight block drift apart: 1.82 GB read from memory for 1.24,
 # and 4 % slower.
 STAGES = 3

@@ -1,9 +1,10 @@
 """The grouped GEMM on Hopper: the same product and the same bits as `grouped_gemm`'s kernel, by specialised warps.
 
 Four warps load, two warpgroups multiply 64 rows each: loads run on into the next tile, an output is stored while the
-next one is multiplied, and the half that an expert's last rows leave empty multiplies nothing. On an H200 the four
-products of a Qwen3-30B-A3B step took 2.01 ms for 2.25. Gluon, as Triton itself leaves gathered rows in one group of
-warps; no interpreter runs it.
+next one is multiplied, with its activation where it has one, and the half that an expert's last rows leave empty
+multiplies nothing. On an H200 the four products of a Qwen3-30B-A3B step took 2.01 ms for 2.25, and the up product with
+its activation 666 us for 632 and a pass of 76. Gluon, as Triton itself leaves gathered rows in one group of warps; no
+interpreter runs it.
 """
 
 from __future__ import annotations
@@ -136,6 +137,17 @@ def _load(
 
 
 @gluon.jit
+def _output_rows(scattered_ptr, first_row, end, ROWS: gl.constexpr, SCATTERED: gl.constexpr):
+    """Where grouped rows lie in the output, and which of them are the expert's."""
+    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
+    inside = rows < end
+    rows = rows.to(gl.int64)
+    if SCATTERED:
+        rows = gl.load(scattered_ptr + rows, mask=inside, other=0)
+    return rows, inside
+
+
+@gluon.jit
 def _finish(
     out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, step, HALF: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
@@ -149,11 +161,7 @@ def _finish(
     h = held_block(held, HALF, step // 2, step % 2)
     first_row += step % 2 * ROWS
     column += step // 2 * 64
-    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIES))
-    inside = rows < end
-    rows = rows.to(gl.int64)
-    if OUT_SCATTERED:
-        rows = gl.load(scattered_ptr + rows, mask=inside, other=0)
+    rows, inside = _output_rows(scattered_ptr, first_row, end, ROWS, OUT_SCATTERED)
     if out_ptr is not None:
         store(out_ptr, h, rows * N, inside, column, N // PIECES)
     if ACTIVATION != "":
@@ -250,19 +258,17 @@ def _multiply(
             out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, rest, PART,
             OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
         )  # fmt: skip
-    if ZERO_TAIL:
+    if ZERO_TAIL:  # the tiles of no expert, which follow
         tail = gl.load(tiles_ptr) * num_column_tiles
         skipped = gl.cdiv(gl.maximum(tail - gl.program_id(0), 0), gl.num_programs(0))
         tail_end = gl.load(tiles_ptr + 1) * num_column_tiles
         for tile in range(gl.program_id(0) + skipped * gl.num_programs(0), tail_end, gl.num_programs(0)):
             expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
             first_row += HALF * PART
-            hold(held, gl.zeros((HALF, BLOCK_N), gl.float32, layout=products), PART)
-            for rest in range(0, BLOCKS):
-                _finish(
-                    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column_tile * BLOCK_N, N, rest, PART,
-                    OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
-                )  # fmt: skip
+            rows, inside = _output_rows(scattered_ptr, first_row, end, HALF, OUT_SCATTERED)
+            zeros = gl.zeros((HALF, 64), held.dtype, layout=COPIES)
+            for column in range(column_tile * BLOCK_N, (column_tile + 1) * BLOCK_N, 64):
+                store(out_ptr, zeros, rows * N, inside, column, N)
 
 
 @gluon.jit

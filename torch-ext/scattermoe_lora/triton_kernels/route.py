@@ -177,11 +177,10 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 
-def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
+def schedule(expert_offsets: Tensor, num_slots: int, tile_rows: int) -> Tensor:
     """The row tiles of a routing, int32 ``[n, 4]``; see `Routing.tiles`."""
     num_experts = expert_offsets.shape[0]
-    block_m = tiles.block_m(num_slots, num_experts)
-    num_tiles = tiles.num_row_tiles(num_slots, num_experts, block_m)
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, tile_rows)
     size = tiles.schedule_size(num_slots, num_experts)
     schedule = empty(size, 4, dtype=torch.int32, device=expert_offsets.device)
     if num_tiles:
@@ -195,7 +194,7 @@ def schedule(expert_offsets: Tensor, num_slots: int) -> Tensor:
             (num_slots, num_tiles, num_experts),
             4,
             1,
-            BLOCK_M=block_m,
+            BLOCK_M=tile_rows,
             BLOCK=block,
             GROUPS=groups,
         )

@@ -87,8 +87,8 @@ def shrink(
         return out
     if out_scattered:
         call(Tensor.zero_, out)
-    scheduled_m = tiles.block_m(num_slots, num_experts)
-    tile = tiles.shrink_tile(scheduled_m, R, factor.dtype, gpu(x))
+    scheduled_m = routing.tile_rows
+    tile = tiles.shrink_tile(tiles.block_m(num_slots, num_experts), R, factor.dtype, gpu(x))
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
     grid = (num_tiles * (scheduled_m // tile.block_m), tiles.cdiv(R, tile.block_n))
     launch(
