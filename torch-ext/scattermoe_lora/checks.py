@@ -40,28 +40,30 @@ class Arguments:
         """Checks type, dtype, device and shape, in which a symbol seen before must have the size it had."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.function}: {name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in dtypes:
+        dtype = value.dtype
+        if dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise TypeError(f"{self.function}: {name} must be {wanted}, got {value.dtype}")
+            raise TypeError(f"{self.function}: {name} must be {wanted}, got {dtype}")
         if value.layout != torch.strided or value.is_nested:
             got = "a nested tensor" if value.is_nested else value.layout
             raise TypeError(f"{self.function}: {name} must be a dense tensor, got {got}")
         device = value.device
-        if device.type != "cpu" and value.dtype == torch.float64:
+        if dtype is torch.float64 and device.type != "cpu":
             raise TypeError(f"{self.function}: {name} is float64, which only the CPU backend computes; got {device}")
         if self.device is None:
             self.device = device, name
         elif device != self.device[0]:
             raise self.fail(name, f"on {self.device[0]} like {self.device[1]}", device)
-        if value.dim() != len(shape):
-            raise self.fail(name, f"[{', '.join(shape)}]", f"shape {tuple(value.shape)}")
-        for symbol, size in zip(shape, value.shape, strict=True):
-            known = self.sizes.get(symbol)
+        given, sizes = value.shape, self.sizes
+        if len(given) != len(shape):
+            raise self.fail(name, f"[{', '.join(shape)}]", f"shape {tuple(given)}")
+        for symbol, size in zip(shape, given, strict=True):
+            known = sizes.get(symbol)
             if known is None:
-                self.sizes[symbol] = (size, name)
+                sizes[symbol] = (size, name)
             elif size != known[0]:
                 must = f"[{', '.join(shape)}] with {symbol} = {known[0]} as in {known[1]}"
-                raise self.fail(name, must, f"shape {tuple(value.shape)}")
+                raise self.fail(name, must, f"shape {tuple(given)}")
         return value
 
     def flag(self, name: str, value: object) -> None:

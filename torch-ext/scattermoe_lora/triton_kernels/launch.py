@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
@@ -117,7 +117,7 @@ def launch(
     compiled = _compiled[known]
     if compiled is not None:
         stream = driver.active.get_current_stream(index)
-        run_compiled(compiled, grid, stream, (*arguments, *scalars, *constants.values()))
+        starter(compiled, grid)(stream, arguments, (*scalars, *constants.values()))
     else:  # Triton's interpreter compiles nothing
         kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
     if recorder is not None:
@@ -171,10 +171,18 @@ def compile_missing(missing: dict[tuple, Callable[[], Any]]) -> None:
     _compiled.update(compiled)
 
 
-def run_compiled(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple) -> None:
-    """Launches a compiled kernel. Pointers may be integers."""
-    hooks = (None, None, None)
-    compiled.run(*grid, 1, stream, compiled.function, compiled.packed_metadata, *hooks, *arguments)
+def starter(compiled: Any, grid: tuple[int, int]) -> Callable[[int, Sequence, tuple], None]:
+    """What launches a compiled kernel, given a stream, operands (pointers may be integers) and the other arguments.
+
+    The kernel's attributes, of which some are properties, are looked up here, once.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    x, y = grid
+
+    def start(stream: int, operands: Sequence, tail: tuple) -> None:
+        run(x, y, 1, stream, function, metadata, None, None, None, *operands, *tail)
+
+    return start
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

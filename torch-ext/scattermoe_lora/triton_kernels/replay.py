@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launch import ON_HIP, Operand, compile_missing, recording, run_compiled
+from .launch import ON_HIP, Operand, compile_missing, recording, starter
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
@@ -47,13 +47,11 @@ def _descriptor(kind: type, fields: dict[str, Any], pointer: int) -> Any:
     return descriptor
 
 
-def _arguments(get: Callable, descriptors: tuple, tail: tuple, pointers: list) -> tuple:
-    arguments = get(pointers)
-    if descriptors:
-        arguments = list(arguments)
-        for place, kind, fields in descriptors:
-            arguments[place] = _descriptor(kind, fields, arguments[place])
-    return (*arguments, *tail)
+def _with_descriptors(operands: tuple, descriptors: list[tuple[int, type, dict[str, Any]]]) -> list:
+    described = list(operands)
+    for place, kind, fields in descriptors:
+        described[place] = _descriptor(kind, fields, operands[place])
+    return described
 
 
 class _Program:
@@ -129,8 +127,8 @@ class _Program:
                 entries.append(self._entry(operand.base.data_ptr()))
                 fields = {name: value for name, value in operand.__dict__.items() if name != "base"}
                 descriptors.append((place, type(operand), fields))
-        prepare = functools.partial(_arguments, itemgetter(*entries), tuple(descriptors), tail)
-        self.steps.append(("launch", tuple(entries), (compiled, grid, prepare)))
+        what = (starter(compiled, grid), itemgetter(*entries), descriptors, tail)
+        self.steps.append(("launch", tuple(entries), what))
 
     def finish(self, outputs: Sequence[Tensor | None]) -> bool:
         """Ends the recording; False if it can't be replayed."""
@@ -206,8 +204,11 @@ class _Program:
         stream = driver.active.get_current_stream(index)
         for kind, entries, what, dead in self.steps:
             if kind == "launch":
-                compiled, grid, prepare = what
-                run_compiled(compiled, grid, stream, prepare(pointers))
+                start, get, descriptors, tail = what
+                operands = get(pointers)
+                if descriptors:
+                    operands = _with_descriptors(operands, descriptors)
+                start(stream, operands, tail)
             elif kind == "allocate":
                 # No other name for it: a name would keep its memory until the next one is allocated.
                 tensors[entries] = what()
@@ -248,7 +249,8 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     assert first is not None
     if not can_replay(first):
         return body(triton_kernels, *tensors, *options)
-    index = first.device.index
+    device = first.device
+    index = device.index
     pointers: list[int | None] = [None]
     key: list[Any] = [body, index, options]
     aligned = 0
@@ -268,8 +270,8 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     given = [pointer for pointer in pointers if pointer]
     if len(set(given)) < len(given):  # tensors that share an address are not told apart: they always must share it
         key.append(tuple(map(given.index, given)))
-    if first.device.type == "cuda" and index != driver.active.get_current_device():
-        with torch.cuda.device(first.device):
+    if device.type == "cuda" and index != driver.active.get_current_device():
+        with torch.cuda.device(device):
             return replay(body, tensors, options)
     known = tuple(key)
     program = _programs.get(known)
