@@ -195,7 +195,7 @@ def _dropped(kernel: types.ModuleType, case: Case) -> None:
     _gated(kernel, case, lora_dropout=0.1)
 
 
-def _transposed(kernel: types.ModuleType, case: Case) -> None:
+def _transposed(kernel: types.ModuleType, case: Case, is_concatenated: bool = False) -> None:
     """GPT-OSS's layout: transposed, interleaved, biased, with its gate; everything trains."""
     t = _Tensors(kernel, case)
     t.step(
@@ -210,9 +210,14 @@ def _transposed(kernel: types.ModuleType, case: Case) -> None:
         gate_up_proj_bias=t(NUM_EXPERTS, 2 * INTERMEDIATE),
         down_proj_bias=t(NUM_EXPERTS, HIDDEN),
         is_transposed=True,
-        is_concatenated=False,
+        is_concatenated=is_concatenated,
         activation=kernel.reference.clamped_glu(1.702, 7.0, 1.0),
     )
+
+
+def _halves(kernel: types.ModuleType, case: Case) -> None:
+    """Aria's and the privacy filter's: the same, but gate and up are halves."""
+    _transposed(kernel, case, is_concatenated=True)
 
 
 def _ungated(kernel: types.ModuleType, case: Case) -> None:
@@ -269,6 +274,7 @@ LAYERS = {
     "gated": _gated,
     "dropped": _dropped,
     "transposed": _transposed,
+    "halves": _halves,
     "ungated": _ungated,
     "linear": _linear,
     "crowd": _crowd,
@@ -282,6 +288,7 @@ ALL_CASES = [
     *(Case("gated", rows, "bfloat16", 64) for rows in (8, 128)),
     Case("gated", 128, "bfloat16", 4),  # not what Hopper's own kernel reads
     *(Case(layer, rows, "bfloat16", 64) for layer in ("transposed", "ungated", "linear") for rows in (8, 64, 128)),
+    Case("halves", 128, "bfloat16", 16),
     Case("crowd", 8, "bfloat16", 16),
     *(Case("dropped", rows, "bfloat16", 16) for rows in (8, 128)),
     *(Case("gated", rows, "float32", 16) for rows in (8, 128)),

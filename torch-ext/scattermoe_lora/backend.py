@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -39,11 +40,19 @@ def _triton_kernels(device_type: str) -> ModuleType:
     return triton_kernels
 
 
-def routing(scattered_idxs: Tensor, expert_offsets: Tensor, dtype: torch.dtype) -> Routing:
-    """A routing with its schedule, from indices of any strides and integer dtype, for products of a dtype."""
+def routing(
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    weights: Sequence[Tensor] = (),
+    factors: Sequence[Tensor | None] = (),
+) -> Routing:
+    """A routing with its schedule, from indices of any strides and integer dtype.
+
+    ``weights [E, K, N]`` and ``factors [E, r, K]`` are those of the products that it is for, if it is for any.
+    """
     run = of(scattered_idxs)
     scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
-    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], dtype)
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], weights, factors)
     schedule = run.schedule(expert_offsets, scattered_idxs.shape[0], tile_rows)
     return Routing(scattered_idxs, expert_offsets, schedule, tile_rows)
 

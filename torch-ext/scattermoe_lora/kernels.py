@@ -211,7 +211,7 @@ def _check_grouped(function: str, DY: Tensor, X: Tensor, expert_offsets: Tensor,
 def _grouped_routing(args: Arguments, X: Tensor, expert_offsets: Tensor) -> Routing:
     rows = torch.arange(X.shape[0], device=X.device)
     args.routing(rows, expert_offsets)
-    return backend.routing(rows, expert_offsets, X.dtype)
+    return backend.routing(rows, expert_offsets)
 
 
 def _gemm(
@@ -229,7 +229,7 @@ def _gemm(
     run = backend.of(X)
     experts = torch.arange(W.shape[0], device=X.device, dtype=sorted_expert_idxs.dtype)
     offsets = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
-    routing = backend.routing(sorted_scattered_idxs, offsets, X.dtype)
+    routing = backend.routing(sorted_scattered_idxs, offsets, (W,), (None if lora is None else lora.A,))
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:

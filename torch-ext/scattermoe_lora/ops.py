@@ -20,12 +20,19 @@ from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import Routing
 
 
-def _in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter factor as the kernels read it: the base's dtype, its last dimension dense.
+def _has_tma_strides(factor: Tensor) -> bool:
+    """Whether the last dimension is dense, and the others begin every so many times 16 bytes."""
+    *others, last = factor.stride()
+    offsets = (stride * factor.element_size() for stride in others)
+    return last == 1 and factor.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in offsets)
 
-    ScatterMoE's expert-major factors are so as they are; in PEFT's B the expert index is fastest.
+
+def _in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter factor as the kernels read it: the base's dtype, and dense, or of strides that TMA takes.
+
+    ScatterMoE's expert-major factors have such; in PEFT's B the expert index is fastest.
     """
-    if factor.dtype == dtype and (factor.stride(-1) == 1 or factor.is_contiguous()):
+    if factor.dtype == dtype and (factor.is_contiguous() or _has_tma_strides(factor)):
         return factor
     # Both at once where both are needed: `to` alone keeps the strides of a factor of another dtype.
     return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
@@ -136,9 +143,7 @@ def _forward_body(
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], gate_up_proj.dtype)
-    tiles = run.schedule(expert_offsets, expert_ids.shape[0], tile_rows)
-    routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
+    routing = backend.routing(scattered_idxs, expert_offsets, (w_up, w_down), (A_up, A_down))
 
     xa = None
     if A_up is not None:
@@ -164,16 +169,15 @@ def _forward_body(
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         if save:
             waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
-        aa = run.shrink(
-            dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling, row_weights=weights, weighted=waa
-        )
+        weighted = {"row_weights": weights, "weighted": waa} if save else {}
+        aa = run.shrink(dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling, **weighted)
         del dropped
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     expand = None if B_down is None else B_down.mT
     _gemm_combine(
         run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
     )
-    return [out, h, xa, waa, scattered_idxs, expert_offsets, tiles] if save else [out]
+    return [out, h, xa, waa, scattered_idxs, expert_offsets, routing.tiles] if save else [out]
 
 
 def _drop_activation(
@@ -382,7 +386,7 @@ def _backward_body(
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], gate_up_proj.dtype)
+    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down), (A_up, A_down))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
@@ -604,7 +608,7 @@ def _linear_forward_body(
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
-    routing = backend.routing(scattered_idxs, expert_offsets, weight.dtype)
+    routing = backend.routing(scattered_idxs, expert_offsets, (weight,), (A,))
     xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
     y = run.grouped_gemm(
         x,
@@ -710,7 +714,7 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates. Factors twice, as above."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    routing = backend.routing(scattered_idxs, expert_offsets, weight.dtype)
+    routing = backend.routing(scattered_idxs, expert_offsets, (weight,), (A,))
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 

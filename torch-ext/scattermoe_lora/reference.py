@@ -262,8 +262,10 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return sorted_expert_idxs, sorted_scattered_idxs, counts[:num_experts].cumsum(0)
 
 
-def tile_rows(expert_offsets: Tensor, num_slots: int, dtype: torch.dtype) -> int:
-    """How many rows of an expert are multiplied together; see `Routing`. On the CPU all of them."""
+def tile_rows(
+    expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
+) -> int:
+    """How many rows of an expert are multiplied together; see `backend.routing`. On the CPU all of them."""
     return max(1, num_slots)
 
 

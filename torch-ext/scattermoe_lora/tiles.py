@@ -95,7 +95,7 @@ def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
 
 @functools.cache
 def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
-    """The grouped GEMM's tile, for gathered or grouped rows of input, rows (from `block_m`) and columns of output."""
+    """The grouped GEMM's tile, for gathered or grouped rows of input, rows of `Routing.tile_rows` and columns."""
     depth, stages = _pipeline(dtype, gpu)
     rule = Tile(
         block_m=rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,8 +16,7 @@ from ..tiles import Gpu
 HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
 
 # Rows and columns of their tiles. Outputs of fewer columns are not theirs, nor are those of fewer rows an expert than
-# HOPPER_LEAST: with 64 and 32 of them a step took 5 to 13 % less than with tiles of so many rows, with 16 up to 13 %
-# (Mixtral's), with 8 1 % more.
+# HOPPER_LEAST: with 64, 32 and 16 of them a step took 2 to 17 % less than with tiles of so many rows, with 8 1 % more.
 HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_LEAST = 128, 256, 16
 
 
@@ -44,10 +44,16 @@ def has_hopper_kernels(architecture: str) -> bool:
     return architecture == "sm_90" and ".".join(triton.__version__.split(".")[:2]) in HOPPER_TRITON
 
 
-def tile_rows(expert_offsets: Tensor, num_slots: int, dtype: torch.dtype) -> int:
-    """Rows of a row tile of products of a dtype, which everything that walks the schedule shares."""
+def tile_rows(
+    expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
+) -> int:
+    """Rows of a row tile of these products, see `backend.routing`: everything that walks the schedule shares it."""
     num_experts = expert_offsets.shape[0]
-    many = dtype.itemsize == 2 and num_slots >= HOPPER_LEAST * num_experts
-    if many and has_hopper_kernels(gpu(expert_offsets).architecture):
-        return HOPPER_ROWS
+    if num_slots >= HOPPER_LEAST * num_experts and has_hopper_kernels(gpu(expert_offsets).architecture):
+        # Sizes that Hopper's kernels leave to the general one, they leave to it in its own tiles.
+        wide = all(min(weight.shape[1:]) >= HOPPER_COLUMNS for weight in weights)
+        even = all(n % 16 == 0 for weight in weights for n in weight.shape[1:])
+        ranks = all(factor is None or factor.shape[1] % 8 == 0 for factor in factors)
+        if weights and wide and even and ranks and all(weight.element_size() == 2 for weight in weights):
+            return HOPPER_ROWS
     return tiles.block_m(num_slots, num_experts)
