@@ -193,7 +193,7 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
 
 
 def load() -> Any:
-    """The kernel, without Hopper's own GEMM and gram: they have no tiles to choose, and would be timed in their place."""
+    """The kernel, without Hopper's own GEMM and gram, which have no tiles to choose and would be timed instead."""
     from kernels import get_kernel
 
     kernel = get_kernel("org/scattermoe-lora", version=1)
