@@ -494,3 +494,20 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
     for needs in (given, [True] + [False] * 5):
         arguments = (torch.randn_like(out), *tensors, xa, *routing, *flags, needs)
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)
+
+
+def test_factors_are_copied_only_where_tma_can_not_read_them(kernel):
+    """Expert-major ones are views of what is trained; others in the kernels' dtype are made dense."""
+    in_factor = inner(kernel, "ops")._in_factor
+    E, r, K, N = 3, 8, 24, 40
+    A, B = torch.randn(E * r, K, dtype=torch.bfloat16), torch.randn(N, E * r, dtype=torch.bfloat16)
+    lora = kernel.ExpertLoRA.from_expert_major(A, B, E, 1.0)
+    for factor in (lora.A, lora.B, torch.randn(E, 5, 3)):
+        assert in_factor(factor, factor.dtype) is factor
+    shared, wide = lora.A[:1].expand(E, r, K), torch.randn(E, N, r + 1, dtype=torch.bfloat16)
+    shifted = torch.randn(E * N * r + 1, dtype=torch.bfloat16)[1:].view(N, E, r).transpose(0, 1)
+    peft = kernel.ExpertLoRA.from_peft(A, B, E, 1.0).B
+    for factor in (shared, wide[..., :r], shifted, peft):
+        copy = in_factor(factor, factor.dtype)
+        assert copy.is_contiguous() and torch.equal(copy, factor) and copy is not factor
+    assert in_factor(lora.B, torch.float32).is_contiguous()
