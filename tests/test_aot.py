@@ -57,6 +57,9 @@ def test_kernels_fit_the_gpu(compile_case, family, case):
     rows = 128 if by_hopper else max(16, case.rows)
     assert {c.tile.partition("x")[0] for c in products} == {str(rows)}
     assert any(c.kernel == "hopper_gemm" for c in products) == by_hopper
+    if by_hopper:
+        # The activation is part of its product, and cleared rows are.
+        assert not {"grouped_gemm", "act"} & {c.kernel for c in compiled}
 
 
 def test_no_kernel_is_left_out(compile_case, package):

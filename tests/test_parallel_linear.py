@@ -498,7 +498,7 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
 
 def test_factors_are_copied_only_where_tma_can_not_read_them(kernel):
     """Expert-major ones are views of what is trained; others in the kernels' dtype are made dense."""
-    in_factor = inner(kernel, "ops")._in_factor
+    in_factor = inner(kernel, "operands").in_factor
     E, r, K, N = 3, 8, 24, 40
     A, B = torch.randn(E * r, K, dtype=torch.bfloat16), torch.randn(N, E * r, dtype=torch.bfloat16)
     lora = kernel.ExpertLoRA.from_expert_major(A, B, E, 1.0)

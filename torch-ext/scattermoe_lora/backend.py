@@ -46,12 +46,22 @@ def routing(
     weights: Sequence[Tensor] = (),
     factors: Sequence[Tensor | None] = (),
 ) -> Routing:
-    """A routing with its schedule, from indices of any strides and integer dtype.
+    """`scheduled` indices of any strides and integer dtype."""
+    scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
+    return scheduled(of(scattered_idxs), scattered_idxs, expert_offsets, weights, factors)
+
+
+def scheduled(
+    run: ModuleType,
+    scattered_idxs: Tensor,
+    expert_offsets: Tensor,
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+) -> Routing:
+    """A routing with its schedule, by a backend.
 
     ``weights [E, K, N]`` and ``factors [E, r, K]`` are those of the products that it is for, if it is for any.
     """
-    run = of(scattered_idxs)
-    scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
     tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], weights, factors)
     schedule = run.schedule(expert_offsets, scattered_idxs.shape[0], tile_rows)
     return Routing(scattered_idxs, expert_offsets, schedule, tile_rows)

@@ -16,32 +16,15 @@ from torch.library import infer_schema
 
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
+from .operands import in_factor
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import Routing
-
-
-def _has_tma_strides(factor: Tensor) -> bool:
-    """Whether the last dimension is dense, and the others begin every so many times 16 bytes."""
-    *others, last = factor.stride()
-    offsets = (stride * factor.element_size() for stride in others)
-    return last == 1 and factor.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in offsets)
-
-
-def _in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter factor as the kernels read it: the base's dtype, and dense, or of strides that TMA takes.
-
-    ScatterMoE's expert-major factors have such; in PEFT's B the expert index is fastest.
-    """
-    if factor.dtype == dtype and (factor.is_contiguous() or _has_tma_strides(factor)):
-        return factor
-    # Both at once where both are needed: `to` alone keeps the strides of a factor of another dtype.
-    return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _lora(A: Optional[Tensor], B: Optional[Tensor], dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor]]:
     if A is None or B is None:
         return None, None
-    return _in_factor(A, dtype), _in_factor(B, dtype)
+    return in_factor(A, dtype), in_factor(B, dtype)
 
 
 def _flat(per_slot: Tensor) -> Tensor:
@@ -143,7 +126,7 @@ def _forward_body(
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    routing = backend.routing(scattered_idxs, expert_offsets, (w_up, w_down), (A_up, A_down))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down), (A_up, A_down))
 
     xa = None
     if A_up is not None:
@@ -169,8 +152,15 @@ def _forward_body(
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         if save:
             waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
-        weighted = {"row_weights": weights, "weighted": waa} if save else {}
-        aa = run.shrink(dropped, A_down.mT, routing, x_fan_out=0, scale=down_scaling, **weighted)
+        aa = run.shrink(
+            dropped,
+            A_down.mT,
+            routing,
+            x_fan_out=0,
+            scale=down_scaling,
+            row_weights=weights if save else None,
+            weighted=waa,
+        )
         del dropped
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     expand = None if B_down is None else B_down.mT
@@ -608,7 +598,7 @@ def _linear_forward_body(
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
-    routing = backend.routing(scattered_idxs, expert_offsets, (weight,), (A,))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,), (A,))
     xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
     y = run.grouped_gemm(
         x,
@@ -714,7 +704,7 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates. Factors twice, as above."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    routing = backend.routing(scattered_idxs, expert_offsets, (weight,), (A,))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,), (A,))
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 

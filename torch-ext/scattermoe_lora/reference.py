@@ -265,7 +265,7 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 def tile_rows(
     expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
 ) -> int:
-    """How many rows of an expert are multiplied together; see `backend.routing`. On the CPU all of them."""
+    """How many rows of an expert are multiplied together; see `backend.scheduled`. On the CPU all of them."""
     return max(1, num_slots)
 
 

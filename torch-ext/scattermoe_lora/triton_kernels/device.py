@@ -47,7 +47,7 @@ def has_hopper_kernels(architecture: str) -> bool:
 def tile_rows(
     expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
 ) -> int:
-    """Rows of a row tile of these products, see `backend.routing`: everything that walks the schedule shares it."""
+    """Rows of a row tile of these products, see `backend.scheduled`: everything that walks the schedule shares it."""
     num_experts = expert_offsets.shape[0]
     if num_slots >= HOPPER_LEAST * num_experts and has_hopper_kernels(gpu(expert_offsets).architecture):
         # Sizes that Hopper's kernels leave to the general one, they leave to it in its own tiles.

@@ -18,10 +18,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tiles
+from ..operands import tma_can_read
 from ..types import Routing
 from .act import act, constants
 from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
-from .launch import empty, launch, tma_can_read
+from .launch import empty, launch
 from .rows import operand_rows, scheduled_tile, tile_rows
 
 # Row tiles of an expert that share a sweep over the columns; see `scheduled_tile`.

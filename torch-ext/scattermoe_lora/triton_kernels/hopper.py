@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..operands import tma_can_read
 from .device import HOPPER_COLUMNS, HOPPER_ROWS
-from .launch import tma_can_read
 
 # Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
 ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
@@ -34,19 +34,17 @@ REGISTERS = 224
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 rows_arrive = async_copy.mbarrier_arrive
+_memory = gl.shared_memory_descriptor
+_reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 # How warps copy rows, and store them: 16 bytes a thread, and 64 columns of a row together.
 COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
 def block(stage, descriptor, PARTS: gl.constexpr, part: gl.constexpr = 0):
     """A stage's memory, or one of PARTS of it, as what a descriptor loads."""
     # In parts, as Triton 3.8 reinterprets all of a memory or nothing.
-    if _REINTERPRET:
-        parts = stage.reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
-    else:
-        parts = stage._reinterpret(stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
+    parts = _reinterpret(stage, stage.dtype, [PARTS] + descriptor.block_type.shape, descriptor.layout)
     return parts.index(part)
 
 
@@ -55,10 +53,7 @@ def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """A stage's memory, or the first part of it, as a matrix whose columns are contiguous."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], stage.dtype)
     PARTS: gl.constexpr = stage.shape[0] * stage.shape[1] // (ROWS * COLUMNS)
-    if _REINTERPRET:
-        parts = stage.reinterpret(stage.dtype, [PARTS, ROWS, COLUMNS], layout)
-    else:
-        parts = stage._reinterpret(stage.dtype, [PARTS, ROWS, COLUMNS], layout)
+    parts = _reinterpret(stage, stage.dtype, [PARTS, ROWS, COLUMNS], layout)
     return parts.index(0)
 
 
@@ -118,27 +113,24 @@ def _halves(y):
 
 
 @gluon.jit
-def hold(held, acc, HALF: gl.constexpr):
+def hold(held, acc, PART: gl.constexpr):
     """A warpgroup's output ``[64, 256]`` to where it waits."""
     left, right = _halves(acc.to(held.dtype))
     columns_0, columns_1 = _halves(left)
     columns_2, columns_3 = _halves(right)
-    held.index(4 * HALF).store(columns_0)
-    held.index(4 * HALF + 1).store(columns_1)
-    held.index(4 * HALF + 2).store(columns_2)
-    held.index(4 * HALF + 3).store(columns_3)
+    held.index(4 * PART).store(columns_0)
+    held.index(4 * PART + 1).store(columns_1)
+    held.index(4 * PART + 2).store(columns_2)
+    held.index(4 * PART + 3).store(columns_3)
 
 
 @gluon.jit
-def held_block(held, HALF: gl.constexpr, columns, half_rows):
+def held_block(held, PART: gl.constexpr, columns, half_rows):
     """32 rows of 64 columns of what a warpgroup holds: a thread has 16 elements of them."""
     ROWS: gl.constexpr = held.shape[1] // 2
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], held.dtype)
-    if _REINTERPRET:
-        blocks = held.reinterpret(held.dtype, [2 * held.shape[0], ROWS, 64], layout)
-    else:
-        blocks = held._reinterpret(held.dtype, [2 * held.shape[0], ROWS, 64], layout)
-    return blocks.index(2 * (4 * HALF + columns) + half_rows).load(COPIES)
+    blocks = _reinterpret(held, held.dtype, [2 * held.shape[0], ROWS, 64], layout)
+    return blocks.index(2 * (4 * PART + columns) + half_rows).load(COPIES)
 
 
 @gluon.jit

@@ -149,7 +149,7 @@ def _output_rows(scattered_ptr, first_row, end, ROWS: gl.constexpr, SCATTERED: g
 
 @gluon.jit
 def _finish(
-    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, step, HALF: gl.constexpr,
+    out_ptr, a_ptr, held, scattered_ptr, first_row, end, column, N, step, PART: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def _finish(
     As much as takes no longer than a product: 32 rows by 64 columns of each piece.
     """
     ROWS: gl.constexpr = held.shape[1] // 2
-    h = held_block(held, HALF, step // 2, step % 2)
+    h = held_block(held, PART, step // 2, step % 2)
     first_row += step % 2 * ROWS
     column += step // 2 * 64
     rows, inside = _output_rows(scattered_ptr, first_row, end, ROWS, OUT_SCATTERED)
@@ -170,7 +170,7 @@ def _finish(
             store(a_ptr, a.to(held.dtype), rows * N, inside, column, N)
         else:
             if PIECES == 2:
-                up = held_block(held, HALF, 2 + step // 2, step % 2)
+                up = held_block(held, PART, 2 + step // 2, step % 2)
                 if out_ptr is not None:
                     store(out_ptr + N // 2, up, rows * N, inside, column, N // 2)
                 gate, up = h.to(gl.float32), up.to(gl.float32)

@@ -36,7 +36,7 @@ class Recorder(Protocol):
 
     missing: dict[tuple, Callable[[], Any]]
 
-    def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
+    def launched(self, start: Callable, operands: tuple[Operand, ...], tail: tuple) -> None: ...
 
     def allocated(self, tensor: Tensor) -> None: ...
 
@@ -115,23 +115,14 @@ def launch(
     if recorder is not None and recorder.missing:
         return None
     compiled = _compiled[known]
-    if compiled is not None:
-        stream = driver.active.get_current_stream(index)
-        starter(compiled, grid)(stream, arguments, (*scalars, *constants.values()))
-    else:  # Triton's interpreter compiles nothing
+    if compiled is None:  # Triton's interpreter compiles nothing, and what it runs is not recorded
         kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
+        return None
+    start, tail = starter(compiled, grid), (*scalars, *constants.values())
+    start(driver.active.get_current_stream(index), arguments, tail)
     if recorder is not None:
-        recorder.launched(compiled, grid, operands, (*scalars, *constants.values()))
+        recorder.launched(start, operands, tail)
     return None
-
-
-def tma_can_read(tensor: Tensor, contiguous: int) -> bool:
-    """Whether TMA can read a tensor along a dimension: stride 1 there, a 16-byte aligned base and other strides."""
-    if tensor.stride(contiguous) != 1 or tensor.numel() == 0 or tensor.data_ptr() % 16:
-        return False
-    size = tensor.element_size()
-    others = [stride for dim, stride in enumerate(tensor.stride()) if dim != contiguous]
-    return all(stride > 0 and stride * size % 16 == 0 for stride in others)
 
 
 def _stand_in(operand: Operand) -> Operand:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launch import ON_HIP, Operand, compile_missing, recording, starter
+from .launch import ON_HIP, Operand, compile_missing, recording
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
@@ -118,7 +118,7 @@ class _Program:
         self.complete = self.complete and whole
         self.steps.append(("call", entries, function))
 
-    def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None:
+    def launched(self, start: Callable, operands: tuple[Operand, ...], tail: tuple) -> None:
         entries, descriptors = [], []
         for place, operand in enumerate(operands):
             if operand is None or isinstance(operand, Tensor):
@@ -127,8 +127,7 @@ class _Program:
                 entries.append(self._entry(operand.base.data_ptr()))
                 fields = {name: value for name, value in operand.__dict__.items() if name != "base"}
                 descriptors.append((place, type(operand), fields))
-        what = (starter(compiled, grid), itemgetter(*entries), descriptors, tail)
-        self.steps.append(("launch", tuple(entries), what))
+        self.steps.append(("launch", tuple(entries), (start, itemgetter(*entries), descriptors, tail)))
 
     def finish(self, outputs: Sequence[Tensor | None]) -> bool:
         """Ends the recording; False if it can't be replayed."""
