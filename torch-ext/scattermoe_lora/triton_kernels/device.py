@@ -12,8 +12,10 @@ from torch import Tensor
 from .. import tiles
 from ..tiles import Gpu
 
-# Tritons that Hopper's own kernels compile with, to the same order of waits, arrivals and products: Gluon changes.
-HOPPER_TRITON = ("3.6", "3.7", "3.8", "3.9")
+# Tritons whose inner parts are known: with which Hopper's own kernels compile to the same order of waits, arrivals and
+# products, as Gluon changes, and whose launcher in C `starter` calls.
+KNOWN_TRITON = ("3.6", "3.7", "3.8", "3.9")
+TRITON = ".".join(triton.__version__.split(".")[:2])
 
 # Rows and columns of their tiles. Outputs of fewer columns are not theirs, nor are those of fewer rows an expert than
 # HOPPER_LEAST: with 64, 32 and 16 of them a step took 2 to 17 % less than with tiles of so many rows, with 8 1 % more.
@@ -41,7 +43,7 @@ def gpu(tensor: Tensor) -> Gpu:
 @functools.cache
 def has_hopper_kernels(architecture: str) -> bool:
     """Whether the kernels in `hopper_gemm` and `hopper_gram` can be used."""
-    return architecture == "sm_90" and ".".join(triton.__version__.split(".")[:2]) in HOPPER_TRITON
+    return architecture == "sm_90" and TRITON in KNOWN_TRITON
 
 
 def tile_rows(

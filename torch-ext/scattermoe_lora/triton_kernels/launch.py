@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A descriptor is Triton's or Gluon's, which have the same fields and, in Gluon's, a layout.
-Operand: TypeAlias = Tensor | TensorDescriptor | None
+from .starter import Operand
 
 _compiled: dict[tuple, Any] = {}
 _compiling = threading.Lock()
@@ -36,7 +34,7 @@ class Recorder(Protocol):
 
     missing: dict[tuple, Callable[[], Any]]
 
-    def launched(self, start: Callable, operands: tuple[Operand, ...], tail: tuple) -> None: ...
+    def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
 
     def allocated(self, tensor: Tensor) -> None: ...
 
@@ -118,10 +116,11 @@ def launch(
     if compiled is None:  # Triton's interpreter compiles nothing, and what it runs is not recorded
         kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
         return None
-    start, tail = starter(compiled, grid), (*scalars, *constants.values())
-    start(driver.active.get_current_stream(index), arguments, tail)
+    run, tail = compiled.run, (*scalars, *constants.values())  # the first of its attributes, as that loads the binary
+    stream = driver.active.get_current_stream(index)
+    run(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *tail)
     if recorder is not None:
-        recorder.launched(start, operands, tail)
+        recorder.launched(compiled, grid, operands, tail)
     return None
 
 
@@ -160,20 +159,6 @@ def compile_missing(missing: dict[tuple, Callable[[], Any]]) -> None:
         for kernel in kernels:
             kernel.run  # noqa: B018  Triton loads launcher and binary when this is first asked for
     _compiled.update(compiled)
-
-
-def starter(compiled: Any, grid: tuple[int, int]) -> Callable[[int, Sequence, tuple], None]:
-    """What launches a compiled kernel, given a stream, operands (pointers may be integers) and the other arguments.
-
-    The kernel's attributes, of which some are properties, are looked up here, once.
-    """
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    x, y = grid
-
-    def start(stream: int, operands: Sequence, tail: tuple) -> None:
-        run(x, y, 1, stream, function, metadata, None, None, None, *operands, *tail)
-
-    return start
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

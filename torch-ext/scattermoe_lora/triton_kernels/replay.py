@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launch import ON_HIP, Operand, compile_missing, recording
+from .launch import ON_HIP, compile_missing, recording
+from .starter import Operand, starter
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
 CAPACITY = 1024
@@ -25,33 +26,6 @@ SHARED_BYTES = 64 * 2**20
 ALIGNMENT = 256
 
 _programs: dict[tuple, _Program] = {}
-
-
-class _Address:
-    """What Triton's launcher asks of a descriptor's tensor."""
-
-    __slots__ = ("pointer",)
-
-    def __init__(self, pointer: int) -> None:
-        self.pointer = pointer
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-
-def _descriptor(kind: type, fields: dict[str, Any], pointer: int) -> Any:
-    """A tensor descriptor that was checked when it was recorded, at another address."""
-    descriptor: Any = object.__new__(kind)
-    descriptor.__dict__.update(fields)
-    descriptor.base = _Address(pointer)
-    return descriptor
-
-
-def _with_descriptors(operands: tuple, descriptors: list[tuple[int, type, dict[str, Any]]]) -> list:
-    described = list(operands)
-    for place, kind, fields in descriptors:
-        described[place] = _descriptor(kind, fields, operands[place])
-    return described
 
 
 class _Program:
@@ -118,16 +92,10 @@ class _Program:
         self.complete = self.complete and whole
         self.steps.append(("call", entries, function))
 
-    def launched(self, start: Callable, operands: tuple[Operand, ...], tail: tuple) -> None:
-        entries, descriptors = [], []
-        for place, operand in enumerate(operands):
-            if operand is None or isinstance(operand, Tensor):
-                entries.append(0 if operand is None else self._entry(operand.data_ptr()))
-            else:
-                entries.append(self._entry(operand.base.data_ptr()))
-                fields = {name: value for name, value in operand.__dict__.items() if name != "base"}
-                descriptors.append((place, type(operand), fields))
-        self.steps.append(("launch", tuple(entries), (start, itemgetter(*entries), descriptors, tail)))
+    def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None:
+        tensors = [getattr(operand, "base", operand) for operand in operands]
+        entries = tuple(0 if tensor is None else self._entry(tensor.data_ptr()) for tensor in tensors)
+        self.steps.append(("launch", entries, (starter(compiled, grid, operands, tail), itemgetter(*entries))))
 
     def finish(self, outputs: Sequence[Tensor | None]) -> bool:
         """Ends the recording; False if it can't be replayed."""
@@ -203,11 +171,8 @@ class _Program:
         stream = driver.active.get_current_stream(index)
         for kind, entries, what, dead in self.steps:
             if kind == "launch":
-                start, get, descriptors, tail = what
-                operands = get(pointers)
-                if descriptors:
-                    operands = _with_descriptors(operands, descriptors)
-                start(stream, operands, tail)
+                start, get = what
+                start(stream, get(pointers))
             elif kind == "allocate":
                 # No other name for it: a name would keep its memory until the next one is allocated.
                 tensors[entries] = what()
