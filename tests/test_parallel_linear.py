@@ -488,11 +488,12 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
     tensors = [x.get(name) for name in ("inputs", "expert_weights", "expert_biases", "A", "B", "gates")]
     _, *routing = kernel.flatten_sort_count(case.ids, 3)
     flags = (1 if "grouped_in" in layout else 2, 0.5, "grouped_in" in layout, "grouped_out" in layout)
-    torch.library.opcheck(ops.parallel_linear_forward, (*tensors, *routing, *flags), test_utils=OPCHECKS)
-    out, xa = ops.parallel_linear_forward(*tensors, *routing, *flags)
+    for save in (False, True):
+        torch.library.opcheck(ops.parallel_linear_forward, (*tensors, *routing, *flags, save), test_utils=OPCHECKS)
+    out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, True)
     given = [tensor is not None for tensor in tensors]
     for needs in (given, [True] + [False] * 5):
-        arguments = (torch.randn_like(out), *tensors, xa, *routing, *flags, needs)
+        arguments = (torch.randn_like(out), *tensors, *saved, *routing, *flags, needs)
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)
 
 

@@ -183,8 +183,8 @@ class _MoeMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[3:])
-        grads = ops.moe_mlp_backward(dout, *ctx.saved_tensors, *ctx.flags, needs)
-        return (None, None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+        grads = iter(ops.moe_mlp_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
+        return (None, None, None, *(next(grads) if need else None for need in needs))
 
 
 class _Dropout(torch.autograd.Function):

@@ -1,12 +1,13 @@
 """The custom ops: forward and backward of the experts layer and of one expert linear, each a short walk of kernels.
 
 They compute; `moe_mlp.py` and `parallel_linear.py` check arguments and differentiate. An op returns a list because a
-schema has no optional results: a gradient that was not asked for is an empty tensor. They are registered by `define`
-and `impl`: a call of an empty `custom_op` took an H200's host 24 us, of this 10.
+schema has no optional results: of gradients those that were asked for, and empty tensors for what there is none of to
+save. They are registered by `define` and `impl`: a call of an empty `custom_op` took an H200's host 24 us, of this 10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, List, Optional
 
@@ -27,6 +28,11 @@ def _lora(A: Optional[Tensor], B: Optional[Tensor], dtype: torch.dtype) -> tuple
     return in_factor(A, dtype), in_factor(B, dtype)
 
 
+def _uncast(factors: Sequence[Optional[Tensor]], casts: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
+    """The factors that are not their own casts: what a backward is given twice, its replay compares twice."""
+    return [None if factor is cast else factor for factor, cast in zip(factors, casts, strict=True)]
+
+
 def _flat(per_slot: Tensor) -> Tensor:
     """``[T, k]`` as the kernels read it: ``[T * k]``, dense. A reshape alone may be a strided view (k = 1, say)."""
     return per_slot.reshape(-1).contiguous()
@@ -38,7 +44,11 @@ def _empty(like: Tensor) -> Tensor:
 
 def _route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
     """See `reference.route`."""
-    return list(backend.of(expert_ids).route(expert_ids.contiguous(), num_experts))
+    return backend.of(expert_ids).replay(_route_body, (expert_ids.contiguous(),), (num_experts,))
+
+
+def _route_body(run: ModuleType, expert_ids: Tensor, num_experts: int) -> List[Tensor]:
+    return list(run.route(expert_ids, num_experts))
 
 
 torch.library.define(add_op_namespace_prefix("route"), infer_schema(_route, mutates_args=()))
@@ -299,8 +309,9 @@ def _moe_mlp_backward(
     lora_dropout: float,
     needs: List[bool],
 ) -> List[Tensor]:
-    """Gradients of the first ten tensor arguments of `moe_mlp_forward`, in their order, where ``needs`` says so."""
+    """Gradients of those of the first ten tensor arguments of `moe_mlp_forward` that ``needs`` says, in that order."""
     dtype = gate_up_proj.dtype
+    casts = (*_lora(gate_up_A, gate_up_B, dtype), *_lora(down_A, down_B, dtype))
     tensors = (
         dout.to(dtype),
         hidden_states.to(dtype),
@@ -308,12 +319,8 @@ def _moe_mlp_backward(
         down_proj,
         gate_up_proj_bias,
         down_proj_bias,
-        gate_up_A,
-        gate_up_B,
-        down_A,
-        down_B,
-        *_lora(gate_up_A, gate_up_B, dtype),
-        *_lora(down_A, down_B, dtype),
+        *_uncast((gate_up_A, gate_up_B, down_A, down_B), casts),
+        *casts,
         _flat(top_k_weights),
         _flat(top_k_index),
         dropout_seed,
@@ -330,7 +337,7 @@ def _moe_mlp_backward(
     *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
     if grads[9] is not None:
         grads[9] = _weights_grad(grads[9], bias_dot, top_k_weights)
-    return [_empty(hidden_states) if grad is None else grad for grad in grads]
+    return [grad for grad in grads if grad is not None]
 
 
 def _backward_body(
@@ -371,7 +378,7 @@ def _backward_body(
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights.
 
-    Factors come twice: as given, for the strides of their gradients, and as the kernels read them.
+    Factors come as the kernels read them, and, where that is a copy, as given too: their gradients have those strides.
     """
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
@@ -420,12 +427,12 @@ def _backward_body(
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
     if need_down_A:
-        grads[7] = run.empty_like(down_A)
+        grads[7] = run.empty_like(A_down if down_A is None else down_A)
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
     if need_down_B:
-        grads[8] = run.empty_like(down_B)
+        grads[8] = run.empty_like(B_down if down_B is None else down_B)
         run.gram(dout, waa, routing, grads[8], left_fan_out=fan_out)
     if not need_dh:
         return grads
@@ -443,12 +450,12 @@ def _backward_body(
         grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5] = run.empty_like(gate_up_A)
+        grads[5] = run.empty_like(A_up if gate_up_A is None else gate_up_A)
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
         run.gram(dropped, u_up, routing, grads[5].mT, left_fan_out=fan_out)
         del dropped
     if need_up_B:
-        grads[6] = run.empty_like(gate_up_B)
+        grads[6] = run.empty_like(B_up if gate_up_B is None else gate_up_B)
         run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
@@ -477,11 +484,7 @@ def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> T
 
 
 def _fake_grads(inputs, needs):
-    first = inputs[0]
-    return [
-        torch.empty_like(t) if need and t is not None else first.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    ]
+    return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
 
 
 torch.library.define(add_op_namespace_prefix("moe_mlp_backward"), infer_schema(_moe_mlp_backward, mutates_args=()))
@@ -562,8 +565,9 @@ def _parallel_linear_forward(
     scaling: float,
     grouped_in: bool,
     grouped_out: bool,
+    save: bool,
 ) -> List[Tensor]:
-    """``[out, xa]``; ``xa`` is what the backward needs, empty without LoRA."""
+    """``[out]``, and with ``save`` what the backward needs: ``xa`` and ``tiles``."""
     dtype = expert_weights.dtype
     tensors = (
         inputs.to(dtype),
@@ -574,9 +578,9 @@ def _parallel_linear_forward(
         *backend.dense_indices(scattered_idxs, expert_offsets),
     )
     choices = None if gates is None else gates.shape[1]
-    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out)
-    out, xa = backend.of(inputs).replay(_linear_forward_body, tensors, options)
-    return [out, _empty(expert_weights) if xa is None else xa]
+    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out, save)
+    outputs = backend.of(inputs).replay(_linear_forward_body, tensors, options)
+    return [_empty(expert_weights) if output is None else output for output in outputs]
 
 
 def _linear_forward_body(
@@ -595,6 +599,7 @@ def _linear_forward_body(
     scaling: float,
     grouped_in: bool,
     grouped_out: bool,
+    save: bool,
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
@@ -612,11 +617,11 @@ def _linear_forward_body(
         out_dtype=out_dtype if choices is None else weight.dtype,
         zero_tail=True,
     )
-    if choices is None:
-        return [y, xa]
-    out = run.empty(num_slots // choices, y.shape[1], dtype=out_dtype, device=x.device)
-    run.combine(y, gates, out, fan_out=choices)
-    return [out, xa]
+    out = y
+    if choices is not None:
+        out = run.empty(num_slots // choices, y.shape[1], dtype=out_dtype, device=x.device)
+        run.combine(y, gates, out, fan_out=choices)
+    return [out, xa, routing.tiles] if save else [out]
 
 
 torch.library.define(
@@ -629,11 +634,13 @@ parallel_linear_forward = ops.parallel_linear_forward.default
 
 
 @torch.library.register_fake(add_op_namespace_prefix("parallel_linear_forward"))
-def _(inputs, expert_weights, expert_biases, A, B, gates, scattered_idxs, expert_offsets, k, scaling, *flags):
+def _(inputs, expert_weights, expert_biases, A, B, gates, scattered_idxs, expert_offsets, *flags):
     num_slots = scattered_idxs.shape[0]
-    rows = num_slots if gates is None else gates.shape[0]
-    out = inputs.new_empty(rows, expert_weights.shape[2])
-    return [out, expert_weights.new_empty(0) if A is None else expert_weights.new_empty(num_slots, A.shape[1])]
+    out = inputs.new_empty(num_slots if gates is None else gates.shape[0], expert_weights.shape[2])
+    if not flags[-1]:
+        return [out]
+    xa = expert_weights.new_empty(0) if A is None else expert_weights.new_empty(num_slots, A.shape[1])
+    return [out, xa, backend.fake_schedule(scattered_idxs, num_slots, expert_offsets.shape[0])]
 
 
 def _parallel_linear_backward(
@@ -645,6 +652,7 @@ def _parallel_linear_backward(
     B: Optional[Tensor],
     gates: Optional[Tensor],
     xa: Tensor,
+    tiles: Tensor,
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     k: int,
@@ -653,18 +661,19 @@ def _parallel_linear_backward(
     grouped_out: bool,
     needs: List[bool],
 ) -> List[Tensor]:
-    """Gradients of the first six tensor arguments of `parallel_linear_forward`, where ``needs`` says so."""
+    """Gradients of those of the first six tensor arguments of `parallel_linear_forward` that ``needs`` says."""
     dtype = expert_weights.dtype
+    casts = _lora(A, B, dtype)
     tensors = (
         dout.to(dtype),
         inputs.to(dtype),
         expert_weights,
         expert_biases,
-        A,
-        B,
-        *_lora(A, B, dtype),
+        *_uncast((A, B), casts),
+        *casts,
         None if gates is None else _flat(gates),
         xa,
+        tiles,
         *backend.dense_indices(scattered_idxs, expert_offsets),
         expert_biases.to(dtype) if expert_biases is not None and needs[5] else None,
     )
@@ -675,7 +684,7 @@ def _parallel_linear_backward(
         grads[0] = grads[0].to(inputs.dtype)
     if grads[5] is not None and gates is not None:
         grads[5] = _weights_grad(grads[5], bias_dot, gates)
-    return [_empty(inputs) if grad is None else grad for grad in grads]
+    return [grad for grad in grads if grad is not None]
 
 
 def _linear_backward_body(
@@ -690,6 +699,7 @@ def _linear_backward_body(
     B_in: Optional[Tensor],
     gates: Optional[Tensor],
     xa: Tensor,
+    tiles: Tensor,
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     bias_of_dot: Optional[Tensor],
@@ -701,10 +711,11 @@ def _linear_backward_body(
     grouped_out: bool,
     needs: tuple[bool, ...],
 ) -> List[Optional[Tensor]]:
-    """The six gradients, where needed, and what a bias adds to that of the gates. Factors twice, as above."""
+    """The six gradients, where needed, and what a bias adds to that of the gates. Factors as above."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,), (A,))
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,), (A_in,))
+    routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 
@@ -750,10 +761,10 @@ def _linear_backward_body(
         grads[2] = run.empty_like(bias)
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
-        grads[3] = run.empty_like(A)
+        grads[3] = run.empty_like(A_in if A is None else A)
         run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
     if need_B:
-        grads[4] = run.empty_like(B)
+        grads[4] = run.empty_like(B_in if B is None else B)
         run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     return grads
 
@@ -768,6 +779,6 @@ parallel_linear_backward = ops.parallel_linear_backward.default
 
 
 @torch.library.register_fake(add_op_namespace_prefix("parallel_linear_backward"))
-def _(dout, inputs, expert_weights, expert_biases, A, B, gates, xa, *rest):
+def _(dout, inputs, expert_weights, expert_biases, A, B, gates, *rest):
     contiguous_gates = None if gates is None else gates.contiguous()
     return _fake_grads([inputs.contiguous(), expert_weights, expert_biases, A, B, contiguous_gates], rest[-1])

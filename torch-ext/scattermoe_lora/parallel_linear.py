@@ -145,14 +145,14 @@ def expert_linear(
     flags = (k, scaling, grouped_in, grouped_out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ExpertLinear.apply(flags, routing, *tensors)
-    return ops.parallel_linear_forward(*tensors, *routing, *flags)[0]
+    return ops.parallel_linear_forward(*tensors, *routing, *flags, False)[0]
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, routing, *tensors):
-        out, xa = ops.parallel_linear_forward(*tensors, *routing, *flags)
-        ctx.save_for_backward(*tensors, xa, *routing)
+        out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, True)
+        ctx.save_for_backward(*tensors, *saved, *routing)
         ctx.flags = flags
         return out
 
@@ -160,8 +160,8 @@ class _ExpertLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[2:])
-        grads = ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs)
-        return (None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+        grads = iter(ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
+        return (None, None, *(next(grads) if need else None for need in needs))
 
 
 def _check(

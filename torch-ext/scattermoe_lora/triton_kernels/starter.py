@@ -111,7 +111,9 @@ def _launcher_in_c(run: Any) -> Callable | None:
         return None
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
         return None
-    return inspect.getclosurevars(run.launch).nonlocals["launcher"] if inspect.isfunction(run.launch) else run.launch
+    if inspect.isfunction(run.launch):  # what encodes descriptors, around it
+        return inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+    return run.launch
 
 
 def _encodings(compiled: Any, count: int) -> list[Callable[[Any], list]]:
