@@ -497,18 +497,23 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)
 
 
-def test_factors_are_copied_only_where_tma_can_not_read_them(kernel):
+@every_device
+@pytest.mark.parametrize("E, N, r", [(3, 40, 8), (1, 5, 3), (37, 130, 64), (8, 2000, 4)])
+def test_factors_are_copied_only_where_tma_can_not_read_them(kernel, device, E, N, r):
     """Expert-major ones are views of what is trained; others in the kernels' dtype are made dense."""
-    in_factor = inner(kernel, "operands").in_factor
-    E, r, K, N = 3, 8, 24, 40
-    A, B = torch.randn(E * r, K, dtype=torch.bfloat16), torch.randn(N, E * r, dtype=torch.bfloat16)
-    lora = kernel.ExpertLoRA.from_expert_major(A, B, E, 1.0)
-    for factor in (lora.A, lora.B, torch.randn(E, 5, 3)):
+    in_factor = kernel.backend.of(torch.empty(0, device=device)).in_factor
+    options = {"dtype": torch.float16, "device": device}
+    A, B = torch.randn(E * r, N, **options), torch.randn(N, E * r, **options)
+    lora, peft = kernel.ExpertLoRA.from_expert_major(A, B, E, 1.0), kernel.ExpertLoRA.from_peft(A, B, E, 1.0)
+    readable = [torch.randn(E, 5, 3, device=device), lora.A] + [lora.B] * (r % 8 == 0)
+    for factor in readable:
         assert in_factor(factor, factor.dtype) is factor
-    shared, wide = lora.A[:1].expand(E, r, K), torch.randn(E, N, r + 1, dtype=torch.bfloat16)
-    shifted = torch.randn(E * N * r + 1, dtype=torch.bfloat16)[1:].view(N, E, r).transpose(0, 1)
-    peft = kernel.ExpertLoRA.from_peft(A, B, E, 1.0).B
-    for factor in (shared, wide[..., :r], shifted, peft):
+    wide = torch.randn(E, N, r + 1, **options)[..., :r]
+    shifted = torch.randn(E * N * r + 1, **options)[1:].view(N, E, r).transpose(0, 1)
+    copied = [wide, *([lora.A[:1].expand(E, r, N), shifted, peft.B] if E > 1 else [])]
+    for factor in copied:
         copy = in_factor(factor, factor.dtype)
         assert copy.is_contiguous() and torch.equal(copy, factor) and copy is not factor
-    assert in_factor(lora.B, torch.float32).is_contiguous()
+    for factor in (*copied, *readable, peft.A.mT):
+        cast = in_factor(factor, torch.float32 if factor.dtype == torch.float16 else torch.float16)
+        assert cast.is_contiguous() and torch.equal(cast, factor.to(cast.dtype)) and cast.dtype != factor.dtype

@@ -1,4 +1,4 @@
-"""Operands as the kernels read them: which strides TMA takes, and an adapter's factors in the dtype of the base."""
+"""Which operands the kernels read as they are: what strides TMA takes, and which factors of an adapter need a cast."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ def tma_can_read(tensor: Tensor, contiguous: int) -> bool:
     return all(stride > 0 and stride * size % 16 == 0 for stride in others)
 
 
-def in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter factor ``[E, r, in]`` or ``[E, out, r]`` in the base's dtype, dense or of strides that TMA takes.
+def is_read_as_it_is(factor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an adapter factor ``[E, r, in]`` or ``[E, out, r]`` is in the base's dtype and dense, or TMA takes it.
 
-    ScatterMoE's expert-major factors have such; in PEFT's B the expert index is fastest.
+    TMA takes ScatterMoE's expert-major factors. In PEFT's B the expert index is fastest.
     """
-    if factor.dtype == dtype and (factor.is_contiguous() or tma_can_read(factor, 2)):
-        return factor
-    # Both at once where both are needed: `to` alone keeps the strides of a factor of another dtype.
-    return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    return factor.dtype == dtype and (factor.is_contiguous() or tma_can_read(factor, 2))

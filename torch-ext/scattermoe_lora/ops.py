@@ -7,7 +7,6 @@ save. They are registered by `define` and `impl`: a call of an empty `custom_op`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, List, Optional
 
@@ -17,20 +16,8 @@ from torch.library import infer_schema
 
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
-from .operands import in_factor
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import Routing
-
-
-def _lora(A: Optional[Tensor], B: Optional[Tensor], dtype: torch.dtype) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    if A is None or B is None:
-        return None, None
-    return in_factor(A, dtype), in_factor(B, dtype)
-
-
-def _uncast(factors: Sequence[Optional[Tensor]], casts: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
-    """The factors that are not their own casts: what a backward is given twice, its replay compares twice."""
-    return [None if factor is cast else factor for factor, cast in zip(factors, casts, strict=True)]
 
 
 def _flat(per_slot: Tensor) -> Tensor:
@@ -95,8 +82,10 @@ def _moe_mlp_forward(
         down_proj,
         gate_up_proj_bias,
         down_proj_bias,
-        *_lora(gate_up_A, gate_up_B, dtype),
-        *_lora(down_A, down_B, dtype),
+        gate_up_A,
+        gate_up_B,
+        down_A,
+        down_B,
         _flat(top_k_weights),
         _flat(top_k_index),
         dropout_seed,
@@ -114,10 +103,10 @@ def _forward_body(
     down_proj: Tensor,
     gate_up_proj_bias: Optional[Tensor],
     down_proj_bias: Optional[Tensor],
-    A_up: Optional[Tensor],
-    B_up: Optional[Tensor],
-    A_down: Optional[Tensor],
-    B_down: Optional[Tensor],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
     weights: Tensor,
     expert_ids: Tensor,
     seed: Optional[Tensor],
@@ -136,14 +125,15 @@ def _forward_body(
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down), (A_up, A_down))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down), (gate_up_A, down_A))
 
-    xa = None
-    if A_up is not None:
+    xa = expand = None
+    if gate_up_A is not None and gate_up_B is not None:
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
-        xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
-        del dropped
-    expand = None if B_up is None else B_up.mT
+        A = run.in_factor(gate_up_A, w_up.dtype)
+        xa = run.shrink(dropped, A.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
+        del dropped, A
+        expand = run.in_factor(gate_up_B, w_up.dtype).mT
     h, a = run.grouped_gemm_act(
         x,
         w_up,
@@ -157,23 +147,24 @@ def _forward_body(
         is_concatenated=is_concatenated,
         save=save,
     )
-    aa = waa = None
-    if A_down is not None:
+    aa = waa = expand = None
+    if down_A is not None and down_B is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
+        A = run.in_factor(down_A, w_down.dtype)
         if save:
-            waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
+            waa = run.empty(routing.num_slots, A.shape[1], dtype=A.dtype, device=x.device)
         aa = run.shrink(
             dropped,
-            A_down.mT,
+            A.mT,
             routing,
             x_fan_out=0,
             scale=down_scaling,
             row_weights=weights if save else None,
             weighted=waa,
         )
-        del dropped
+        del dropped, A
+        expand = run.in_factor(down_B, w_down.dtype).mT
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
-    expand = None if B_down is None else B_down.mT
     _gemm_combine(
         run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
     )
@@ -311,7 +302,6 @@ def _moe_mlp_backward(
 ) -> List[Tensor]:
     """Gradients of those of the first ten tensor arguments of `moe_mlp_forward` that ``needs`` says, in that order."""
     dtype = gate_up_proj.dtype
-    casts = (*_lora(gate_up_A, gate_up_B, dtype), *_lora(down_A, down_B, dtype))
     tensors = (
         dout.to(dtype),
         hidden_states.to(dtype),
@@ -319,8 +309,10 @@ def _moe_mlp_backward(
         down_proj,
         gate_up_proj_bias,
         down_proj_bias,
-        *_uncast((gate_up_A, gate_up_B, down_A, down_B), casts),
-        *casts,
+        gate_up_A,
+        gate_up_B,
+        down_A,
+        down_B,
         _flat(top_k_weights),
         _flat(top_k_index),
         dropout_seed,
@@ -352,10 +344,6 @@ def _backward_body(
     gate_up_B: Optional[Tensor],
     down_A: Optional[Tensor],
     down_B: Optional[Tensor],
-    A_up: Optional[Tensor],
-    B_up: Optional[Tensor],
-    A_down: Optional[Tensor],
-    B_down: Optional[Tensor],
     weights: Tensor,
     expert_ids: Tensor,
     seed: Optional[Tensor],
@@ -376,14 +364,11 @@ def _backward_body(
     lora_dropout: float,
     needs: tuple[bool, ...],
 ) -> List[Optional[Tensor]]:
-    """The ten gradients, where needed, and what a bias adds to that of the routing weights.
-
-    Factors come as the kernels read them, and, where that is a copy, as given too: their gradients have those strides.
-    """
+    """The ten gradients, where needed, and what a bias adds to that of the routing weights."""
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down), (A_up, A_down))
+    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down), (gate_up_A, down_A))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
@@ -393,7 +378,11 @@ def _backward_body(
     grads: List[Any] = [None] * 11
 
     # Down projection and activation: y is never needed, and a is made again from h.
-    u_down = None if B_down is None else run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
+    u_down = A_down = None
+    if down_A is not None and down_B is not None:
+        B_down, A_down = run.in_factor(down_B, w_down.dtype), run.in_factor(down_A, w_down.dtype)
+        u_down = run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
+        del B_down
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
             a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
@@ -427,21 +416,25 @@ def _backward_body(
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
     if need_down_A:
-        grads[7] = run.empty_like(A_down if down_A is None else down_A)
+        grads[7] = run.empty_like(down_A)
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
     if need_down_B:
-        grads[8] = run.empty_like(B_down if down_B is None else down_B)
+        grads[8] = run.empty_like(down_B)
         run.gram(dout, waa, routing, grads[8], left_fan_out=fan_out)
     if not need_dh:
         return grads
     a = None  # its memory is free for dX
 
     # Gate and up projection.
-    u_up = None
-    if B_up is not None and (need_x or need_up_A):
+    u_up = A_up = None
+    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A):
+        B_up = run.in_factor(gate_up_B, w_up.dtype)
         u_up = run.shrink(dh, B_up, routing, x_fan_out=0, scale=gate_up_scaling)
+        del B_up
+        if need_x:
+            A_up = run.in_factor(gate_up_A, w_up.dtype)
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
@@ -450,12 +443,12 @@ def _backward_body(
         grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5] = run.empty_like(A_up if gate_up_A is None else gate_up_A)
+        grads[5] = run.empty_like(gate_up_A)
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
         run.gram(dropped, u_up, routing, grads[5].mT, left_fan_out=fan_out)
         del dropped
     if need_up_B:
-        grads[6] = run.empty_like(B_up if gate_up_B is None else gate_up_B)
+        grads[6] = run.empty_like(gate_up_B)
         run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
@@ -573,7 +566,8 @@ def _parallel_linear_forward(
         inputs.to(dtype),
         expert_weights,
         expert_biases,
-        *_lora(A, B, dtype),
+        A,
+        B,
         None if gates is None else _flat(gates),
         *backend.dense_indices(scattered_idxs, expert_offsets),
     )
@@ -604,7 +598,10 @@ def _linear_forward_body(
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,), (A,))
-    xa = None if A is None else run.shrink(x, A.mT, routing, x_fan_out=x_fan_out, scale=scaling)
+    xa = expand = None
+    if A is not None and B is not None:
+        xa = run.shrink(x, run.in_factor(A, weight.dtype).mT, routing, x_fan_out=x_fan_out, scale=scaling)
+        expand = run.in_factor(B, weight.dtype).mT
     y = run.grouped_gemm(
         x,
         weight,
@@ -612,7 +609,7 @@ def _linear_forward_body(
         x_fan_out=x_fan_out,
         out_scattered=not grouped_out,
         z=xa,
-        expand=None if B is None else B.mT,
+        expand=expand,
         bias=bias,
         out_dtype=out_dtype if choices is None else weight.dtype,
         zero_tail=True,
@@ -663,14 +660,13 @@ def _parallel_linear_backward(
 ) -> List[Tensor]:
     """Gradients of those of the first six tensor arguments of `parallel_linear_forward` that ``needs`` says."""
     dtype = expert_weights.dtype
-    casts = _lora(A, B, dtype)
     tensors = (
         dout.to(dtype),
         inputs.to(dtype),
         expert_weights,
         expert_biases,
-        *_uncast((A, B), casts),
-        *casts,
+        A,
+        B,
         None if gates is None else _flat(gates),
         xa,
         tiles,
@@ -695,8 +691,6 @@ def _linear_backward_body(
     bias: Optional[Tensor],
     A: Optional[Tensor],
     B: Optional[Tensor],
-    A_in: Optional[Tensor],
-    B_in: Optional[Tensor],
     gates: Optional[Tensor],
     xa: Tensor,
     tiles: Tensor,
@@ -711,18 +705,19 @@ def _linear_backward_body(
     grouped_out: bool,
     needs: tuple[bool, ...],
 ) -> List[Optional[Tensor]]:
-    """The six gradients, where needed, and what a bias adds to that of the gates. Factors as above."""
+    """The six gradients, where needed, and what a bias adds to that of the gates."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,), (A_in,))
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,), (A,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 
     u = None
-    if B_in is not None and (need_x or need_A or need_gates):
-        u = run.shrink(dout, B_in, routing, x_fan_out=dout_fan_out, scale=scaling)
+    if A is not None and B is not None and (need_x or need_A or need_gates):
+        u = run.shrink(dout, run.in_factor(B, weight.dtype), routing, x_fan_out=dout_fan_out, scale=scaling)
     if need_x or need_gates:
+        expand = None if A is None else run.in_factor(A, weight.dtype)
         dx = run.grouped_gemm(
             dout,
             weight.mT,
@@ -730,7 +725,7 @@ def _linear_backward_body(
             x_fan_out=dout_fan_out,
             out_scattered=gates is None and not grouped_in,
             z=u,
-            expand=A_in,
+            expand=expand,
             zero_tail=gates is None,
         )
         if gates is not None:
@@ -761,10 +756,10 @@ def _linear_backward_body(
         grads[2] = run.empty_like(bias)
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
-        grads[3] = run.empty_like(A_in if A is None else A)
+        grads[3] = run.empty_like(A)
         run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
     if need_B:
-        grads[4] = run.empty_like(B_in if B is None else B)
+        grads[4] = run.empty_like(B)
         run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     return grads
 

@@ -3,7 +3,7 @@
 The first half is the definition: `moe_mlp` and `parallel_linear` as one would write them on a blackboard, a loop over
 the experts, differentiable by autograd. In float64 it is what every other path is judged by.
 
-The second half is the CPU backend: the seven kernels of `triton_kernels/` with the same names, arguments and results,
+The second half is the CPU backend: the eight kernels of `triton_kernels/` with the same names, arguments and results,
 each a loop over experts of dense matrix products. The operands of one call share one dtype. Rows of no expert come
 back as zeros.
 """
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operands import is_read_as_it_is
 from .types import ExpertLoRA, Routing
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +244,13 @@ def empty_like(like: Tensor) -> Tensor:
 def columns(tensor: Tensor, piece: slice) -> Tensor:
     """``tensor[..., piece]``."""
     return tensor[..., piece]
+
+
+def in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter factor ``[E, r, in]`` or ``[E, out, r]``, dense and in the base's dtype; itself if it is read so."""
+    if is_read_as_it_is(factor, dtype):
+        return factor
+    return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""The GPU backend: seven kernel families in Triton, names, arguments and results as in `reference`'s second half.
+"""The GPU backend: eight kernel families in Triton, names, arguments and results as in `reference`'s second half.
 
 Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (TF32 has 3e-4 of relative error), and
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
 """
 
 from .act import act_grad
+from .cast import in_factor
 from .combine import combine
 from .device import tile_rows
 from .dropout import dropout
@@ -25,6 +26,7 @@ __all__ = [
     "gram",
     "grouped_gemm",
     "grouped_gemm_act",
+    "in_factor",
     "replay",
     "route",
     "schedule",
