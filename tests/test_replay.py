@@ -154,6 +154,31 @@ def test_without_gradients(kernel, replay):
     assert len(replay._programs) == 1 and torch.equal(*outputs)
 
 
+def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, monkeypatch):
+    """Routing, forward and backward are a program each, and only the forward works out who computes which rows."""
+    E, k, r, K, N = 3, 2, 4, 24, 32
+    launched = inner(kernel, "triton_kernels")
+    schedule, scheduled = launched.schedule, []
+    monkeypatch.setattr(launched, "schedule", lambda *given: scheduled.append(given) or schedule(*given))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        shapes = (11, K), (E, K, N), (E * r, K), (N, E * r)
+        leaves = x, weight, lora_A, lora_B = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        index = torch.rand(11, E).topk(k).indices
+        order = kernel.flatten_sort_count(index, E)
+        out = kernel.parallel_linear_lora(x, weight, k, *order, lora_A=lora_A, lora_B=lora_B, scaling=2.0)
+        before = len(scheduled)
+        got = (out, *torch.autograd.grad(out.square().sum(), leaves))
+        assert len(scheduled) == before > 0
+        lora = kernel.ExpertLoRA.from_expert_major(lora_A, lora_B, E, 2.0)
+        merged = weight + 2.0 * (lora.B @ lora.A).mT
+        out = torch.einsum("sk,skn->sn", x.repeat_interleave(k, 0), merged[index.reshape(-1)])
+        want = (out, *torch.autograd.grad(out.square().sum(), leaves))
+        for one, other in zip(got, want, strict=True):
+            assert (one - other).norm() < 1e-5 * other.norm()
+    assert len(replay._programs) == 3
+
+
 def test_one_tensor_given_twice(kernel, replay):
     """Arguments that share memory are a case of their own: a recording of one is not replayed for two."""
     T, H, E, k = 9, 16, 3, 2

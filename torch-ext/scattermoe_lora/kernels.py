@@ -163,7 +163,7 @@ def group_bwd_lora(
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
-    A, B = lora.A.to(X.dtype), lora.B.to(X.dtype)
+    A, B = run.in_factor(lora.A, X.dtype), run.in_factor(lora.B, X.dtype)
     xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=scaling)
     u = run.shrink(DY, B, routing, x_fan_out=0, scale=scaling)
     run.gram(X, u, routing, views.A.mT, left_fan_out=0)
@@ -233,8 +233,8 @@ def _gemm(
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:
-        z = run.shrink(X, lora.A.mT.to(X.dtype), routing, x_fan_out=x_fan_out, scale=lora.scaling)
-        expand = lora.B.mT.to(X.dtype)
+        z = run.shrink(X, run.in_factor(lora.A, X.dtype).mT, routing, x_fan_out=x_fan_out, scale=lora.scaling)
+        expand = run.in_factor(lora.B, X.dtype).mT
     return run.grouped_gemm(
         X,
         W,

@@ -130,9 +130,9 @@ def _forward_body(
     xa = expand = None
     if gate_up_A is not None and gate_up_B is not None:
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
-        A = run.in_factor(gate_up_A, w_up.dtype)
-        xa = run.shrink(dropped, A.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
-        del dropped, A
+        A_up = run.in_factor(gate_up_A, w_up.dtype)
+        xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
+        del dropped, A_up
         expand = run.in_factor(gate_up_B, w_up.dtype).mT
     h, a = run.grouped_gemm_act(
         x,
@@ -150,19 +150,19 @@ def _forward_body(
     aa = waa = expand = None
     if down_A is not None and down_B is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        A = run.in_factor(down_A, w_down.dtype)
+        A_down = run.in_factor(down_A, w_down.dtype)
         if save:
-            waa = run.empty(routing.num_slots, A.shape[1], dtype=A.dtype, device=x.device)
+            waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
         aa = run.shrink(
             dropped,
-            A.mT,
+            A_down.mT,
             routing,
             x_fan_out=0,
             scale=down_scaling,
             row_weights=weights if save else None,
             weighted=waa,
         )
-        del dropped, A
+        del dropped, A_down
         expand = run.in_factor(down_B, w_down.dtype).mT
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     _gemm_combine(
@@ -380,9 +380,10 @@ def _backward_body(
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
     if down_A is not None and down_B is not None:
-        B_down, A_down = run.in_factor(down_B, w_down.dtype), run.in_factor(down_A, w_down.dtype)
+        B_down = run.in_factor(down_B, w_down.dtype)
         u_down = run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
         del B_down
+        A_down = run.in_factor(down_A, w_down.dtype)
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
             a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)

@@ -1,8 +1,8 @@
 """What starts a compiled kernel again and again: Triton's launcher in C, with descriptors encoded once an address.
 
 Around it Triton has Python that walks all arguments and encodes every descriptor at every launch: it took an H100's
-host 31 us for a product with four of them and 10 for any other kernel. Without it a step of 16 tokens took 1.09 ms for
-1.52, one of 512 1.39 for 1.62.
+host 31 us for a product with four of them and 10 for any other kernel. In a simulation of the host, launches stubbed,
+a step takes 141 us without it and 177 with it.
 """
 
 from __future__ import annotations
