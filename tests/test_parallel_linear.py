@@ -463,10 +463,10 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
     seed = torch.tensor([5]) if bias else None
     flags = (0.5, 2.0, False, True, True, "silu", 0.0 if seed is None else 0.3)
     given_index = (case.top_k_index, seed)
-    for save in (False, True):
-        torch.library.opcheck(ops.moe_mlp_forward, (*tensors, *given_index, *flags, save), test_utils=OPCHECKS)
-    out, *saved = ops.moe_mlp_forward(*tensors, *given_index, *flags, True)
     given = [tensor is not None for tensor in tensors]
+    for needs in ([], given):
+        torch.library.opcheck(ops.moe_mlp_forward, (*tensors, *given_index, *flags, needs), test_utils=OPCHECKS)
+    out, *saved = ops.moe_mlp_forward(*tensors, *given_index, *flags, given)
     adapters = [given[i] and i in (5, 6, 7, 8) for i in range(10)]
     for needs in [given] + [adapters] * lora:
         arguments = (torch.randn_like(out), *tensors, *given_index, *saved, *flags, needs)
@@ -488,10 +488,10 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
     tensors = [x.get(name) for name in ("inputs", "expert_weights", "expert_biases", "A", "B", "gates")]
     _, *routing = kernel.flatten_sort_count(case.ids, 3)
     flags = (1 if "grouped_in" in layout else 2, 0.5, "grouped_in" in layout, "grouped_out" in layout)
-    for save in (False, True):
-        torch.library.opcheck(ops.parallel_linear_forward, (*tensors, *routing, *flags, save), test_utils=OPCHECKS)
-    out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, True)
     given = [tensor is not None for tensor in tensors]
+    for needs in ([], given):
+        torch.library.opcheck(ops.parallel_linear_forward, (*tensors, *routing, *flags, needs), test_utils=OPCHECKS)
+    out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, given)
     for needs in (given, [True] + [False] * 5):
         arguments = (torch.randn_like(out), *tensors, *saved, *routing, *flags, needs)
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)

@@ -145,13 +145,18 @@ def test_the_seed_is_no_constant(kernel, replay, sizes):
         assert len(replay._programs) == 2
 
 
-def test_without_gradients(kernel, replay):
-    """Inference is a program of its own, which keeps nothing for a backward."""
-    case = Case(**SIZES)
+@pytest.mark.parametrize("sizes", [SIZES, SIZES | CASES["pieces"]], ids=["whole", "pieces"])
+def test_without_gradients(kernel, replay, sizes):
+    """Inference is a program of its own, which keeps nothing for a backward; it alone is computed in pieces."""
+    case = Case(**sizes)
     with torch.no_grad():
-        x = {name: tensor.float() for name, tensor in case.tensors.items() if name[-2:] not in ("_A", "_B")}
-        outputs = [kernel.moe_mlp(**x, top_k_index=case.top_k_index) for _ in range(2)]
-    assert len(replay._programs) == 1 and torch.equal(*outputs)
+        arguments = case.layer(kernel, torch.device("cpu"))[0]
+        outputs = [kernel.moe_mlp(**arguments) for _ in range(2)]
+    (program,) = replay._programs.values()
+    assert len(program.outputs) == 1 and len(program.views_of_inputs) == (3 if sizes["H"] == 1024 else 0)
+    want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)["output"]
+    for output in outputs:
+        assert_close({"output": (output, want)}, 1e-6)
 
 
 def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, monkeypatch):
@@ -177,6 +182,21 @@ def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, 
         for one, other in zip(got, want, strict=True):
             assert (one - other).norm() < 1e-5 * other.norm()
     assert len(replay._programs) == 3
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_a_first_forward_compiles_for_its_backward(kernel, replay, options, monkeypatch):
+    """All kernels of a first step are compiled side by side; a forward without gradients compiles its own alone."""
+    compiled, compile_missing = [], replay.compile_missing
+    monkeypatch.setattr(replay, "compile_missing", lambda given: compiled.append(len(given)) or compile_missing(given))
+    case = Case(**(SIZES | options))
+    with torch.no_grad():
+        kernel.moe_mlp(**case.layer(kernel, torch.device("cpu"))[0])
+    forward = compiled.copy()
+    for _ in range(2):
+        case.check(kernel, torch.device("cpu"))
+        assert len(forward) == 1 and len(compiled) == 2
+    assert sum(compiled) == len(inner(kernel, "triton_kernels.launch")._compiled)
 
 
 def test_one_tensor_given_twice(kernel, replay):

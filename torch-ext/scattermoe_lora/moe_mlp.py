@@ -157,7 +157,7 @@ def moe_mlp(
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _MoeMlp.apply(flags, top_k_index, dropout_seed, *tensors)
-    return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, False)[0]
+    return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, [])[0]
 
 
 def _is_fused(activation: object, has_gate: bool) -> bool:
@@ -174,7 +174,8 @@ def _is_fused(activation: object, has_gate: bool) -> bool:
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, top_k_index, dropout_seed, *tensors):
-        out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, True)
+        needs = list(ctx.needs_input_grad[3:])
+        out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, needs)
         ctx.save_for_backward(*tensors, top_k_index, dropout_seed, *saved)
         ctx.flags = flags
         return out

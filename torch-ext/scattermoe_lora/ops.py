@@ -69,11 +69,12 @@ def _moe_mlp_forward(
     has_gate: bool,
     activation: str,
     lora_dropout: float,
-    save: bool,
+    needs: List[bool],
 ) -> List[Tensor]:
-    """``[out]``, and with ``save`` what the backward needs: ``h, xa, waa, scattered_idxs, expert_offsets, tiles``.
+    """``[out]``, and with ``needs`` what the backward needs: ``h, xa, waa, scattered_idxs, expert_offsets, tiles``.
 
-    ``waa`` is the down projection's product into the rank times the routing weights, as the gradient of B has it.
+    ``needs`` is `moe_mlp_backward`'s, empty where none follows. ``waa`` is the down projection's product into the rank
+    times the routing weights, as the gradient of B has it.
     """
     dtype = gate_up_proj.dtype
     tensors = (
@@ -90,10 +91,18 @@ def _moe_mlp_forward(
         _flat(top_k_index),
         dropout_seed,
     )
-    flags = (is_transposed, is_concatenated, has_gate, activation, lora_dropout)
-    options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, save)
-    outputs = backend.of(hidden_states).replay(_forward_body, tensors, options)
-    return [_empty(gate_up_proj) if output is None else output for output in outputs]
+    flags = (gate_up_scaling, down_scaling, is_transposed, is_concatenated, has_gate, activation, lora_dropout)
+
+    def saved(outputs: List[Optional[Tensor]]) -> List[Tensor]:
+        return [_empty(gate_up_proj) if output is None else output for output in outputs]
+
+    def backward(outputs: List[Optional[Tensor]]) -> None:
+        out, *rest = saved(outputs)
+        routing = (top_k_weights, top_k_index, dropout_seed)
+        moe_mlp_backward(out, hidden_states, *tensors[1:9], *routing, *rest, *flags, needs)
+
+    options = (hidden_states.dtype, *flags, bool(needs))
+    return saved(backend.of(hidden_states).replay(_forward_body, tensors, options, backward if needs else None))
 
 
 def _forward_body(
@@ -166,7 +175,17 @@ def _forward_body(
         expand = run.in_factor(down_B, w_down.dtype).mT
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     _gemm_combine(
-        run, out, a, w_down, routing, z=aa, expand=expand, bias=down_proj_bias, weights=weights, expert_ids=expert_ids
+        run,
+        out,
+        a,
+        w_down,
+        routing,
+        z=aa,
+        expand=expand,
+        bias=down_proj_bias,
+        weights=weights,
+        expert_ids=expert_ids,
+        in_pieces=not save,
     )
     return [out, h, xa, waa, scattered_idxs, expert_offsets, routing.tiles] if save else [out]
 
@@ -180,7 +199,8 @@ def _drop_activation(
 
 # Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
 # Qwen3-30B-A3B, where they are the peak of a step, that takes 128 MiB off it for 1 % of its time. No more than two:
-# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one.
+# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one. None where a backward
+# follows, whose peak is as high: 608.7, 498.7 and 1143 MiB (Qwen3, Qwen3.5, GLM-4.5-Air) in one piece and in two.
 COMBINE_BYTES = 128 * 2**20
 # The least columns of a piece: fewer and the GEMM's tile is not full.
 COMBINE_COLUMNS = 256
@@ -198,11 +218,12 @@ def _gemm_combine(
     bias: Optional[Tensor],
     weights: Optional[Tensor],
     expert_ids: Tensor,
+    in_pieces: bool = True,
 ) -> None:
     """``out [T, N] = combine(grouped_gemm(x, weight))`` of grouped rows, in one piece of columns or two."""
     num_slots, N = routing.num_slots, weight.shape[2]
     columns = max(1, N)
-    if num_slots * N * weight.element_size() > COMBINE_BYTES and N >= 2 * COMBINE_COLUMNS:
+    if in_pieces and num_slots * N * weight.element_size() > COMBINE_BYTES and N >= 2 * COMBINE_COLUMNS:
         columns = -(-N // (2 * COMBINE_COLUMNS)) * COMBINE_COLUMNS
     for start in range(0, N, columns):
         piece = slice(start, start + columns)
@@ -253,10 +274,10 @@ def _(
     has_gate,
     activation,
     lora_dropout,
-    save,
+    needs,
 ):
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    if not save:
+    if not needs:
         return [out]
     num_slots = top_k_index.shape[0] * top_k_index.shape[1]
     width = gate_up_proj.shape[2 if is_transposed else 1]
@@ -559,9 +580,9 @@ def _parallel_linear_forward(
     scaling: float,
     grouped_in: bool,
     grouped_out: bool,
-    save: bool,
+    needs: List[bool],
 ) -> List[Tensor]:
-    """``[out]``, and with ``save`` what the backward needs: ``xa`` and ``tiles``."""
+    """``[out]``, and with ``needs``, as in `moe_mlp_forward`, what the backward needs: ``xa`` and ``tiles``."""
     dtype = expert_weights.dtype
     tensors = (
         inputs.to(dtype),
@@ -572,10 +593,17 @@ def _parallel_linear_forward(
         None if gates is None else _flat(gates),
         *backend.dense_indices(scattered_idxs, expert_offsets),
     )
-    choices = None if gates is None else gates.shape[1]
-    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out, save)
-    outputs = backend.of(inputs).replay(_linear_forward_body, tensors, options)
-    return [_empty(expert_weights) if output is None else output for output in outputs]
+    flags = (k, scaling, grouped_in, grouped_out)
+
+    def saved(outputs: List[Optional[Tensor]]) -> List[Tensor]:
+        return [_empty(expert_weights) if output is None else output for output in outputs]
+
+    def backward(outputs: List[Optional[Tensor]]) -> None:
+        out, *rest = saved(outputs)
+        parallel_linear_backward(out, inputs, *tensors[1:5], gates, *rest, *tensors[6:], *flags, needs)
+
+    options = (inputs.dtype, None if gates is None else gates.shape[1], *flags, bool(needs))
+    return saved(backend.of(inputs).replay(_linear_forward_body, tensors, options, backward if needs else None))
 
 
 def _linear_forward_body(

@@ -145,13 +145,14 @@ def expert_linear(
     flags = (k, scaling, grouped_in, grouped_out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ExpertLinear.apply(flags, routing, *tensors)
-    return ops.parallel_linear_forward(*tensors, *routing, *flags, False)[0]
+    return ops.parallel_linear_forward(*tensors, *routing, *flags, [])[0]
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, routing, *tensors):
-        out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, True)
+        needs = list(ctx.needs_input_grad[2:])
+        out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, needs)
         ctx.save_for_backward(*tensors, *saved, *routing)
         ctx.flags = flags
         return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -223,10 +224,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> list[Tensor | None]:
+def replay(
+    body: Callable,
+    tensors: Sequence[Tensor | None],
+    options: tuple,
+    backward: Callable[[list[Tensor | None]], Any] | None = None,
+) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, where ``run`` has the functions of this half: it computes by them alone.
 
-    The GPU backend works out what to launch once for each shape, and then replays it.
+    The GPU backend works out what to launch once for each shape, and then replays it; ``backward``, given the results,
+    calls what will be replayed next, for its kernels to be compiled along with these.
     """
     return body(sys.modules[__name__], *tensors, *options)
 

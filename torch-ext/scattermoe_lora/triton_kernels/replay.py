@@ -35,7 +35,7 @@ class _Program:
     the views in the order of their making.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None], missing: dict[tuple, Callable[[], Any]]) -> None:
         self.steps: list[tuple] = []
         self.views: dict[int, list[tuple[int, int]]] = {}  # entry of a tensor: (entry, offset) of its views
         self.views_of_inputs: list[tuple[int, list[tuple[int, int]]]] = []
@@ -44,7 +44,7 @@ class _Program:
         self.allocations: dict[int, tuple] = {}  # entry: shape, strides and dtype; only while recording
         self.size = self.num_fixed = 1 + len(inputs)
         self.complete = True
-        self.missing: dict[tuple, Callable[[], Any]] = {}  # see `launch.Recorder`
+        self.missing = missing  # see `launch.Recorder`
         for entry, tensor in enumerate(inputs, 1):
             if tensor is not None and tensor.numel():
                 self.entries[tensor.data_ptr()] = entry
@@ -191,21 +191,31 @@ def can_replay(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _record(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> tuple[_Program, list[Tensor | None]]:
+def _record(
+    body: Callable, tensors: Sequence[Tensor | None], options: tuple, missing: dict[tuple, Callable[[], Any]]
+) -> tuple[_Program, list[Tensor | None]]:
     from .. import triton_kernels
 
-    recorder = recording.recorder = _Program(tensors)
+    outer = recording.recorder
+    recorder = recording.recorder = _Program(tensors, missing)
     try:
         return recorder, body(triton_kernels, *tensors, *options)
     finally:
-        recording.recorder = None
+        recording.recorder = outer
 
 
-def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> list[Tensor | None]:
+def replay(
+    body: Callable,
+    tensors: Sequence[Tensor | None],
+    options: tuple,
+    backward: Callable[[list[Tensor | None]], Any] | None = None,
+) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, recorded once for each shape of the tensors and value of the options.
 
     ``body`` computes by the functions of this package alone: by `empty`, `columns` and their like, and by those that
-    launch; ``run`` is the package. It returns tensors that it allocated, or Nones.
+    launch; ``run`` is the package. It returns tensors that it allocated, or Nones. ``backward``, given such results,
+    calls what will be replayed next: where kernels are missing it is called on results that were never written, and
+    launches nothing, so that its kernels are compiled side by side with these.
     """
     from .. import triton_kernels
 
@@ -213,6 +223,8 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     assert first is not None
     if not can_replay(first):
         return body(triton_kernels, *tensors, *options)
+    if recording.recorder is not None:  # a backward whose forward has kernels to compile
+        return _record(body, tensors, options, recording.recorder.missing)[1]
     device = first.device
     index = device.index
     pointers: list[int | None] = [None]
@@ -241,12 +253,18 @@ def replay(body: Callable, tensors: Sequence[Tensor | None], options: tuple) -> 
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
-    recorder, outputs = _record(body, tensors, options)
+    recorder, outputs = _record(body, tensors, options, {})
     missing = recorder.missing
     if missing:
+        if backward is not None:
+            recording.recorder = recorder
+            try:
+                backward(outputs)
+            finally:
+                recording.recorder = None
         del recorder, outputs  # what it allocated, and never wrote
         compile_missing(missing)
-        recorder, outputs = _record(body, tensors, options)
+        recorder, outputs = _record(body, tensors, options, {})
         assert not recorder.missing, "a kernel was compiled for other arguments than it is launched with"
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
