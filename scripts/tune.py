@@ -163,6 +163,11 @@ class Layer:
                 lambda: run.gram(self.h, z, routing, torch.empty_like(self.B_up), left_fan_out=0),
                 lambda: run.gram(self.a, z, routing, torch.empty_like(self.A_down).mT, left_fan_out=0),
             ],
+            "shrink gram": [
+                lambda: run.shrink_gram(
+                    self.h, self.B_up, z, routing, torch.empty_like(self.B_up), x_fan_out=0, scale=1.0
+                ),
+            ],
             "gram wide": [
                 lambda: run.gram(self.x, self.h, routing, torch.empty_like(self.up).mT, left_fan_out=k),
                 lambda: run.gram(
@@ -190,6 +195,7 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
         yield f"shrink {r}", "shrink", r
     yield "gram narrow", "gram", 128
     yield "gram wide", "wide", 128
+    yield "shrink gram", "gram", 128
 
 
 def load() -> Any:
@@ -233,8 +239,8 @@ def choose(kernel: Any, key: str, tile: dict[str, int] | None) -> None:
         table.pop(key, None)
     else:
         table[key] = tile
-    for function in (tiles.gemm_tile, tiles.act_tile, tiles.shrink_tile, tiles.gram_tile):
-        function.cache_clear()
+    for name in ("gemm_tile", "act_tile", "shrink_tile", "gram_tile", "shrink_gram_tile"):
+        getattr(tiles, name).cache_clear()
 
 
 def architecture(kernel: Any) -> str:

@@ -267,8 +267,9 @@ def test_slots_are_sorted_by_expert(kernel, device, request, monkeypatch, T, E, 
 
 
 @every_device
+@pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("few", [True, False], ids=["few rows", "many rows"])
-def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeypatch, few):
+def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeypatch, few, bits):
     """Hot experts beside idle ones: their rows are cut into chunks, and every row is counted once."""
     on_gpu = device.type == "cuda"
     if few and request.config.getoption("--device") != "cpu":
@@ -283,11 +284,12 @@ def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeyp
         counts = [0, 4095, 4096, 4097, 0, 1, 8195, *[0] * 56, 700]
     num_experts, rows, rank = len(counts), sum(counts), 5
     generator = torch.Generator().manual_seed(3)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    X, DY = (torch.randn(rows, n, generator=generator).to(dtype) for n in (K, N))
+    dtype = torch.float32 if bits == 32 else torch.bfloat16 if on_gpu else torch.float16
+    width = 300  # more columns than a tile has
+    X, DY = (torch.randn(rows, n, generator=generator).to(dtype) for n in (K, width))
     A, B = (
         torch.randn(num_experts * rank, K, generator=generator),
-        torch.randn(N, num_experts * rank, generator=generator),
+        torch.randn(width, num_experts * rank, generator=generator),
     )
     offsets = torch.tensor(counts).cumsum(0)
     arguments = [t.to(device) for t in (DY, X, A, B, offsets)]

@@ -165,9 +165,8 @@ def group_bwd_lora(
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
     A, B = run.in_factor(lora.A, X.dtype), run.in_factor(lora.B, X.dtype)
     xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=scaling)
-    u = run.shrink(DY, B, routing, x_fan_out=0, scale=scaling)
+    u = run.shrink_gram(DY, B, xa, routing, views.B, x_fan_out=0, scale=scaling)
     run.gram(X, u, routing, views.A.mT, left_fan_out=0)
-    run.gram(DY, xa, routing, views.B, left_fan_out=0)
     return dA, dB
 
 

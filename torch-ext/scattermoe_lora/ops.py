@@ -402,7 +402,9 @@ def _backward_body(
     u_down = A_down = None
     if down_A is not None and down_B is not None:
         B_down = run.in_factor(down_B, w_down.dtype)
-        u_down = run.shrink(dout, B_down, routing, x_fan_out=fan_out, scale=down_scaling)
+        if need_down_B:
+            grads[8] = run.empty_like(down_B)
+        u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out, down_scaling, None)
         del B_down
         A_down = run.in_factor(down_A, w_down.dtype)
     if need_dh or need_a or need_weights:
@@ -442,18 +444,17 @@ def _backward_body(
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
-    if need_down_B:
-        grads[8] = run.empty_like(down_B)
-        run.gram(dout, waa, routing, grads[8], left_fan_out=fan_out)
     if not need_dh:
         return grads
     a = None  # its memory is free for dX
 
     # Gate and up projection.
     u_up = A_up = None
-    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A):
+    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A or need_up_B):
         B_up = run.in_factor(gate_up_B, w_up.dtype)
-        u_up = run.shrink(dh, B_up, routing, x_fan_out=0, scale=gate_up_scaling)
+        if need_up_B:
+            grads[6] = run.empty_like(gate_up_B)
+        u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], 0, gate_up_scaling, None)
         del B_up
         if need_x:
             A_up = run.in_factor(gate_up_A, w_up.dtype)
@@ -469,9 +470,6 @@ def _backward_body(
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
         run.gram(dropped, u_up, routing, grads[5].mT, left_fan_out=fan_out)
         del dropped
-    if need_up_B:
-        grads[6] = run.empty_like(gate_up_B)
-        run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
         z, expand = (u_up, A_up) if seed is None else (None, None)
@@ -485,6 +483,23 @@ def _backward_body(
             )
             run.dropout(update, seed, p=lora_dropout, stream=DROPPED_INPUT, out=grads[0])
     return grads
+
+
+def _rank_products(
+    run: ModuleType,
+    dy: Tensor,
+    B: Tensor,
+    xa: Tensor,
+    routing: Routing,
+    dB: Optional[Tensor],
+    fan_out: int,
+    scaling: float,
+    row_weights: Optional[Tensor],
+) -> Tensor:
+    """``scaling * dy B`` of every slot, which dX and dA are made of, and, if it is asked for, dB."""
+    if dB is None:
+        return run.shrink(dy, B, routing, x_fan_out=fan_out, scale=scaling)
+    return run.shrink_gram(dy, B, xa, routing, dB, x_fan_out=fan_out, scale=scaling, row_weights=row_weights)
 
 
 def _bias_dot(run: ModuleType, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
@@ -743,8 +758,12 @@ def _linear_backward_body(
     grads: List[Any] = [None] * 7
 
     u = None
-    if A is not None and B is not None and (need_x or need_A or need_gates):
-        u = run.shrink(dout, run.in_factor(B, weight.dtype), routing, x_fan_out=dout_fan_out, scale=scaling)
+    if A is not None and B is not None and (need_x or need_A or need_B or need_gates):
+        if need_B:
+            grads[4] = run.empty_like(B)
+        factor = run.in_factor(B, weight.dtype)
+        u = _rank_products(run, dout, factor, xa, routing, grads[4], dout_fan_out, scaling, gates)
+        del factor
     if need_x or need_gates:
         expand = None if A is None else run.in_factor(A, weight.dtype)
         dx = run.grouped_gemm(
@@ -787,9 +806,6 @@ def _linear_backward_body(
     if need_A:
         grads[3] = run.empty_like(A)
         run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
-    if need_B:
-        grads[4] = run.empty_like(B)
-        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     return grads
 
 

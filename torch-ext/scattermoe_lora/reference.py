@@ -474,6 +474,22 @@ def gram(
     return out
 
 
+def shrink_gram(
+    x: Tensor,
+    factor: Tensor,
+    right: Tensor,
+    routing: Routing,
+    out: Tensor,
+    *,
+    x_fan_out: int,
+    scale: float,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """`gram` of ``x`` and grouped ``right [S, r]`` into ``out [E, K, r]``; returns the `shrink` of ``x``."""
+    gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
+    return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
+
+
 def combine(
     y: Tensor,
     weights: Tensor | None,

@@ -149,6 +149,20 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)
 
 
+@functools.cache
+def shrink_gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The same where rows' products are made too: more columns, as each tile of them writes its part of a product."""
+    depth, stages = _pipeline(dtype, gpu)
+    rule = Tile(
+        block_m=min(128 if _is_rdna(gpu) else 256, max(16, next_power_of_2(left))),
+        block_n=max(16, next_power_of_2(right)),
+        block_k=depth,  # 64 spilled 136 bytes a thread for sm_80
+        num_warps=4,
+        num_stages=stages,
+    )
+    return _choose("shrink gram", rule, right, dtype, gpu)
+
+
 def _choose(key: str, rule: Tile, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The table's tile if it has one for the key (16-bit operands only), else the rule's; either made to fit."""
     row = table(gpu.architecture).get(key, {}) if dtype.itemsize == 2 else {}

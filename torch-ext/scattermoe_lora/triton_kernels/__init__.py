@@ -9,7 +9,7 @@ from .cast import in_factor
 from .combine import combine
 from .device import tile_rows
 from .dropout import dropout
-from .gram import gram
+from .gram import gram, shrink_gram
 from .grouped_gemm import grouped_gemm, grouped_gemm_act
 from .launch import columns, empty, empty_like
 from .replay import replay
@@ -31,5 +31,6 @@ __all__ = [
     "route",
     "schedule",
     "shrink",
+    "shrink_gram",
     "tile_rows",
 ]

@@ -1,4 +1,7 @@
-"""Gram: a reduction over an expert's rows, ``out[e] = sum w * outer(left, right)``: gradients of A, B, W, bias."""
+"""Gram: a reduction over an expert's rows, ``out[e] = sum w * outer(left, right)``: gradients of A, B, W, bias.
+
+With a factor also ``left @ factor[e]`` of the rows that it reads, as a shrink computes.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
+from .combine import combine
 from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
+from .shrink import shrink
 
 # Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
 # expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one program summed all its rows.
@@ -19,6 +24,11 @@ CHUNK = 2048
 # Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
 # one expert, and fewer rows are summed before the host has launched another kernel.
 NARROW, CHUNKED = 64, 2 * CHUNK
+# Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
+# which at 256 columns a tile and rank 32 is half of what a second pass reads. On an H100 105 us for 161 at rank 16 (dH
+# of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral). Of gathered rows, which come from L2, 114 for 121 and 235 for
+# 238 (GLM-4.5-Air), as their loads wait for their slots: these take two. And the elements that one launch can add.
+FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * 1024
 
 
 @triton.jit
@@ -36,17 +46,24 @@ def _gram_kernel(
     left_ptr,
     right_ptr,
     row_weights_ptr,
+    factor_ptr,
     out_ptr,
     partial_ptr,
+    products_ptr,
     offsets_ptr,
     scattered_ptr,
+    scale,
     num_experts,
     P,
     Q,
+    stride_pt,
     stride_lm,
     stride_lp,
     stride_rm,
     stride_rq,
+    stride_fe,
+    stride_fp,
+    stride_fq,
     stride_oe,
     stride_op,
     stride_oq,
@@ -54,6 +71,7 @@ def _gram_kernel(
     RIGHT_FAN_OUT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     PART: tl.constexpr,
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -62,7 +80,8 @@ def _gram_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """A tile of an expert's output, of all its rows; with PART "rest" a partial one, of a chunk that is not the
-    expert's first; with "first" that of its first chunk, and the partial ones added."""
+    expert's first; with "first" that of its first chunk, and the partial ones added. With HAS_FACTOR the part that the
+    tile's P columns have in each row's product, ``products [tiles of P, slots, Q]``."""
     # All tiles of an expert after one another: its rows are then read from memory once, and from L2 for the others.
     q_tiles = tl.cdiv(Q, BLOCK_Q)
     tiles = tl.cdiv(P, BLOCK_P) * q_tiles
@@ -75,14 +94,22 @@ def _gram_kernel(
             return
         mine = e == tl.sum((more_until <= unit).to(tl.int32))
         chunk = 1 + unit - tl.sum(tl.where(mine, more_until - more, 0))
+        expert = tl.sum(tl.where(mine, e, 0))
         start = tl.sum(tl.where(mine, starts, 0)) + chunk * CHUNK
         end = tl.minimum(tl.sum(tl.where(mine, ends, 0)), start + CHUNK)
     else:
+        expert = unit
         start, end = expert_rows(offsets_ptr, unit)
         if PART == "first":
             end = tl.minimum(end, start + CHUNK)
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    inside = (p < P)[:, None] & (q < Q)[None, :]
+    if HAS_FACTOR:
+        factor = factor_ptr + expert.to(tl.int64) * stride_fe
+        factor += p[:, None].to(tl.int64) * stride_fp + q[None, :].to(tl.int64) * stride_fq
+        factor = tl.load(factor, mask=inside, other=0.0)
+        products = products_ptr + (tile // q_tiles).to(tl.int64) * stride_pt
     for first in range(start, end, BLOCK_M):
         rows = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = rows < end
@@ -106,7 +133,9 @@ def _gram_kernel(
             weights = tl.load(row_weights_ptr + slots, mask=mask, other=0.0).to(tl.float32)
             right = right.to(tl.float32) * weights[:, None]
         acc = tl.dot(left, right.to(dtype), acc, input_precision="ieee")
-    inside = (p < P)[:, None] & (q < Q)[None, :]
+        if HAS_FACTOR:
+            product = tl.dot(tl.trans(left), factor, input_precision="ieee") * scale
+            tl.store(products + rows[:, None] * Q + q[None, :], product, mask=mask[:, None] & (q < Q)[None, :])
     of_partial = p[:, None].to(tl.int64) * Q + q[None, :]
     if PART == "rest":
         tl.store(partial_ptr + unit.to(tl.int64) * P * Q + of_partial, acc, mask=inside)
@@ -145,8 +174,53 @@ def gram(
 
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
             return out
-    num_slots = routing.num_slots
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
+    _launch(left, right, routing, out, tile, left_fan_out, right_fan_out, row_weights)
+    return out
+
+
+def shrink_gram(
+    x: Tensor,
+    factor: Tensor,
+    right: Tensor,
+    routing: Routing,
+    out: Tensor,
+    *,
+    x_fan_out: int,
+    scale: float,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """See `reference.shrink_gram`: in one pass over grouped rows where the rank is small, else in two."""
+    num_experts, P, Q = out.shape
+    num_slots = routing.num_slots
+    fused = x_fan_out == 0 and Q <= FUSED_RANK and factor.element_size() == 2
+    if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
+        gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
+        return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
+    tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
+    product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
+    parts = tiles.cdiv(P, tile.block_m)
+    products = empty(parts, num_slots * Q, dtype=torch.float32, device=x.device)
+    _launch(x, right, routing, out, tile, x_fan_out, 0, row_weights, factor, products, scale)
+    combine(products, None, product.view(1, -1), fan_out=parts)
+    return product
+
+
+def _launch(
+    left: Tensor,
+    right: Tensor | None,
+    routing: Routing,
+    out: Tensor,
+    tile: tiles.Tile,
+    left_fan_out: int,
+    right_fan_out: int,
+    row_weights: Tensor | None,
+    factor: Tensor | None = None,
+    products: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    num_experts, P, Q = out.shape
+    num_slots = routing.num_slots
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
     chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
     more = (num_slots - 1) // chunk if Q <= NARROW and num_slots > CHUNKED else 0
@@ -155,13 +229,26 @@ def gram(
         launch(
             _gram_kernel,
             (units * tiles.cdiv(P, tile.block_m) * tiles.cdiv(Q, tile.block_n), 1),
-            (left, right, row_weights, out, partial, routing.expert_offsets, routing.scattered_idxs),
             (
+                left,
+                right,
+                row_weights,
+                factor,
+                out,
+                partial,
+                products,
+                routing.expert_offsets,
+                routing.scattered_idxs,
+            ),
+            (
+                scale,
                 num_experts,
                 P,
                 Q,
+                0 if products is None else products.stride(0),
                 *left.stride(),
                 *((0, 0) if right is None else right.stride()),
+                *((0, 0, 0) if factor is None else factor.stride()),
                 *out.stride(),
             ),
             tile.num_warps,
@@ -170,6 +257,7 @@ def gram(
             RIGHT_FAN_OUT=right_fan_out,
             HAS_RIGHT=right is not None,
             HAS_WEIGHTS=row_weights is not None,
+            HAS_FACTOR=factor is not None,
             PART=part,
             CHUNK=chunk,
             EXPERTS=max(16, tiles.next_power_of_2(num_experts)),
@@ -177,4 +265,3 @@ def gram(
             BLOCK_Q=tile.block_n,
             BLOCK_M=tile.block_k,
         )
-    return out
