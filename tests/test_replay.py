@@ -251,6 +251,16 @@ def test_a_compilation_that_fails_leaves_triton_as_it_was(kernel, replay, monkey
     assert len(replay._programs) == 2
 
 
+def test_other_lengths_compile_nothing_new(kernel, replay):
+    """As long as the rows of a tile are the same, which depend on the mean rows of an expert."""
+    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    known = []
+    for T in (21, 1, 2, 5, 22, 23, 31):
+        Case(**(SIZES | {"T": T, "dtype": torch.float16, "frozen": BASE})).check(kernel, torch.device("cpu"))
+        known.append(len(compiled))
+    assert len(set(known)) == 1
+
+
 def test_programs_are_bounded(kernel, replay, monkeypatch):
     monkeypatch.setattr(replay, "CAPACITY", 4)
     for T in range(5, 10):

@@ -9,6 +9,9 @@ from torch import Tensor
 from .. import tiles
 from .launch import launch
 
+# Columns of a program, of rows that have as many.
+MAX_BLOCK = 1024
+
 
 @triton.jit
 def _combine_kernel(
@@ -56,7 +59,7 @@ def combine(
     num_tokens, N = out.shape
     if out.numel() == 0:
         return out
-    block_n = min(1024, tiles.next_power_of_2(N))
+    block_n = min(MAX_BLOCK, tiles.next_power_of_2(N))
     launch(
         _combine_kernel,
         (num_tokens, tiles.cdiv(N, block_n)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .combine import combine
+from .combine import MAX_BLOCK, combine
 from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
@@ -28,7 +28,7 @@ NARROW, CHUNKED = 64, 2 * CHUNK
 # which at 256 columns a tile and rank 32 is half of what a second pass reads. On an H100 105 us for 161 at rank 16 (dH
 # of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral). Of gathered rows, which come from L2, 114 for 121 and 235 for
 # 238 (GLM-4.5-Air), as their loads wait for their slots: these take two. And the elements that one launch can add.
-FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * 1024
+FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * MAX_BLOCK
 
 
 @triton.jit
@@ -198,12 +198,14 @@ def shrink_gram(
         gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
-    product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
     parts = tiles.cdiv(P, tile.block_m)
-    products = empty(parts, num_slots * Q, dtype=torch.float32, device=x.device)
+    # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for.
+    size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
+    product = empty(1, size, dtype=factor.dtype, device=factor.device)
+    products = empty(parts, size, dtype=torch.float32, device=x.device)
     _launch(x, right, routing, out, tile, x_fan_out, 0, row_weights, factor, products, scale)
-    combine(products, None, product.view(1, -1), fan_out=parts)
-    return product
+    combine(products, None, product, fan_out=parts)
+    return product[0, : num_slots * Q].view(num_slots, Q)
 
 
 def _launch(
