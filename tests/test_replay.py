@@ -147,7 +147,7 @@ def test_the_seed_is_no_constant(kernel, replay, sizes):
 
 @pytest.mark.parametrize("sizes", [SIZES, SIZES | CASES["pieces"]], ids=["whole", "pieces"])
 def test_without_gradients(kernel, replay, sizes):
-    """Inference is a program of its own, which keeps nothing for a backward; it alone is computed in pieces."""
+    """Inference is a program of its own, which keeps nothing for a backward; a training forward has no pieces."""
     case = Case(**sizes)
     with torch.no_grad():
         arguments = case.layer(kernel, torch.device("cpu"))[0]
@@ -157,6 +157,9 @@ def test_without_gradients(kernel, replay, sizes):
     want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)["output"]
     for output in outputs:
         assert_close({"output": (output, want)}, 1e-6)
+    case.check(kernel, torch.device("cpu"))
+    (training,) = [program for program in replay._programs.values() if len(program.outputs) == 7]
+    assert not training.views_of_inputs
 
 
 def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, monkeypatch):
