@@ -125,7 +125,7 @@ class Layer:
         """The launches of a step that use the table's row ``key``."""
         run, k, routing, z = self.run, self.model.top_k, self.routing, self.z
         act = {"activation": "silu", "has_gate": True, "is_concatenated": True}
-        kind = key.rpartition(" ")[0] if not key.startswith("gram") else key
+        kind = key if "gram" in key else key.rpartition(" ")[0]
         return {
             "gemm gathered": [
                 lambda: run.grouped_gemm(self.x, self.up.mT, routing, x_fan_out=k, z=z, expand=self.B_up.mT),

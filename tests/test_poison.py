@@ -29,8 +29,8 @@ EXPERTS_OWN = (
 )
 
 
-def experts_case(**options) -> Case:
-    return Case(T, H, I, E, k, r, dtype=torch.float32, has_bias=True, **options)
+def experts_case(dtype: torch.dtype = torch.float32, **options) -> Case:
+    return Case(T, H, I, E, k, r, dtype=dtype, has_bias=True, **options)
 
 
 def differing(got: Tensor, want: Tensor) -> set[int]:
@@ -43,10 +43,11 @@ def run(kernel, case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 @every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", EXPERTS_OWN)
-def test_one_experts_weights(kernel, device, name):
+def test_one_experts_weights(kernel, device, name, dtype):
     """A weight, bias or factor of one expert: its tokens, and its own gradients. Nothing of any other expert."""
-    case = experts_case()
+    case = experts_case(dtype)
     clean = run(kernel, case, device)
     case.tensors[name][EXPERT] = float("nan" if "down" in name else "inf")
     got = run(kernel, case, device)
@@ -62,13 +63,14 @@ def test_one_experts_weights(kernel, device, name):
 
 
 @every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["hidden_states", "top_k_weights", "grad"])
-def test_one_tokens_values(kernel, device, name):
+def test_one_tokens_values(kernel, device, name, dtype):
     """A token's activations, a routing weight or its incoming gradient: that token, and its experts' gradients.
 
     A routing weight's gradient is no function of the weight, nor a down bias's of the activations.
     """
-    case = experts_case()
+    case = experts_case(dtype)
     clean = run(kernel, case, device)
     experts = set(case.top_k_index[TOKEN].tolist())
     if name == "grad":

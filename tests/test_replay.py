@@ -145,21 +145,28 @@ def test_the_seed_is_no_constant(kernel, replay, sizes):
         assert len(replay._programs) == 2
 
 
-@pytest.mark.parametrize("sizes", [SIZES, SIZES | CASES["pieces"]], ids=["whole", "pieces"])
-def test_without_gradients(kernel, replay, sizes):
-    """Inference is a program of its own, which keeps nothing for a backward; a training forward has no pieces."""
-    case = Case(**sizes)
+@pytest.mark.parametrize(
+    "options, inference, training",
+    [({}, 0, 0), (CASES["pieces"], 3, 3), ({"H": 512, "I": 128, "has_bias": True}, 3, 0)],
+    ids=["few columns", "H = 64 I", "H = 4 I"],
+)
+def test_without_gradients(kernel, replay, options, inference, training):
+    """Inference is a program of its own, which keeps nothing for a backward, and of wide outputs is made in pieces.
+
+    A training forward is where that makes its peak less: views of weight, B and bias.
+    """
+    case = Case(**(SIZES | options))
     with torch.no_grad():
         arguments = case.layer(kernel, torch.device("cpu"))[0]
         outputs = [kernel.moe_mlp(**arguments) for _ in range(2)]
     (program,) = replay._programs.values()
-    assert len(program.outputs) == 1 and len(program.views_of_inputs) == (3 if sizes["H"] == 1024 else 0)
+    assert len(program.outputs) == 1 and len(program.views_of_inputs) == inference
     want = case.run(kernel, kernel.reference.moe_mlp, case.home, reference=True)["output"]
     for output in outputs:
         assert_close({"output": (output, want)}, 1e-6)
     case.check(kernel, torch.device("cpu"))
-    (training,) = [program for program in replay._programs.values() if len(program.outputs) == 7]
-    assert not training.views_of_inputs
+    (program,) = [program for program in replay._programs.values() if len(program.outputs) == 7]
+    assert len(program.views_of_inputs) == training
 
 
 def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, monkeypatch):
@@ -200,6 +207,23 @@ def test_a_first_forward_compiles_for_its_backward(kernel, replay, options, monk
         case.check(kernel, torch.device("cpu"))
         assert len(forward) == 1 and len(compiled) == 2
     assert sum(compiled) == len(inner(kernel, "triton_kernels.launch")._compiled)
+
+
+def test_a_forward_may_fit_where_its_backward_does_not(kernel, replay, monkeypatch):
+    """Compiling for the backward takes the backward's memory: without it, the forward is computed all the same."""
+    launched = inner(kernel, "triton_kernels")
+    act_grad, failed = launched.act_grad, []
+
+    def fail_once(*arguments, **options):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        return act_grad(*arguments, **options)
+
+    monkeypatch.setattr(launched, "act_grad", fail_once)
+    for _ in range(2):
+        Case(**SIZES).check(kernel, torch.device("cpu"))
+    assert failed and len(replay._programs) == 2
 
 
 def test_one_tensor_given_twice(kernel, replay):
@@ -262,6 +286,8 @@ def test_other_lengths_compile_nothing_new(kernel, replay):
         Case(**(SIZES | {"T": T, "dtype": torch.float16, "frozen": BASE})).check(kernel, torch.device("cpu"))
         known.append(len(compiled))
     assert len(set(known)) == 1
+    grams = [binary.options for binary in compiled.values() if "HAS_FACTOR" in binary.options]
+    assert sum(options["HAS_FACTOR"] for options in grams) == 1, "dH is read once for dB and its product"
 
 
 def test_programs_are_bounded(kernel, replay, monkeypatch):

@@ -185,7 +185,7 @@ def _forward_body(
         bias=down_proj_bias,
         weights=weights,
         expert_ids=expert_ids,
-        in_pieces=not save,
+        in_pieces=not (save and has_gate and w_down.shape[2] <= 4 * w_down.shape[1]),
     )
     return [out, h, xa, waa, scattered_idxs, expert_offsets, routing.tiles] if save else [out]
 
@@ -199,8 +199,9 @@ def _drop_activation(
 
 # Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
 # Qwen3-30B-A3B, where they are the peak of a step, that takes 128 MiB off it for 1 % of its time. No more than two:
-# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one. None where a backward
-# follows, whose peak is as high: 608.7, 498.7 and 1143 MiB (Qwen3, Qwen3.5, GLM-4.5-Air) in one piece and in two.
+# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one. None in the forward of a
+# gated layer whose backward follows and has a peak as high: 608.7, 498.7 and 1143 MiB (Qwen3, Qwen3.5, GLM-4.5-Air) in
+# one piece and in two. Without a gate, or with one and H = 8I, one piece would have 5 to 11 % more.
 COMBINE_BYTES = 128 * 2**20
 # The least columns of a piece: fewer and the GEMM's tile is not full.
 COMBINE_COLUMNS = 256
@@ -404,7 +405,7 @@ def _backward_body(
         B_down = run.in_factor(down_B, w_down.dtype)
         if need_down_B:
             grads[8] = run.empty_like(down_B)
-        u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out, down_scaling, None)
+        u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out=fan_out, scaling=down_scaling)
         del B_down
         A_down = run.in_factor(down_A, w_down.dtype)
     if need_dh or need_a or need_weights:
@@ -454,7 +455,7 @@ def _backward_body(
         B_up = run.in_factor(gate_up_B, w_up.dtype)
         if need_up_B:
             grads[6] = run.empty_like(gate_up_B)
-        u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], 0, gate_up_scaling, None)
+        u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
         del B_up
         if need_x:
             A_up = run.in_factor(gate_up_A, w_up.dtype)
@@ -492,9 +493,10 @@ def _rank_products(
     xa: Tensor,
     routing: Routing,
     dB: Optional[Tensor],
+    *,
     fan_out: int,
     scaling: float,
-    row_weights: Optional[Tensor],
+    row_weights: Optional[Tensor] = None,
 ) -> Tensor:
     """``scaling * dy B`` of every slot, which dX and dA are made of, and, if it is asked for, dB."""
     if dB is None:
@@ -762,7 +764,9 @@ def _linear_backward_body(
         if need_B:
             grads[4] = run.empty_like(B)
         factor = run.in_factor(B, weight.dtype)
-        u = _rank_products(run, dout, factor, xa, routing, grads[4], dout_fan_out, scaling, gates)
+        u = _rank_products(
+            run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling, row_weights=gates
+        )
         del factor
     if need_x or need_gates:
         expand = None if A is None else run.in_factor(A, weight.dtype)

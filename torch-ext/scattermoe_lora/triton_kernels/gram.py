@@ -25,10 +25,11 @@ CHUNK = 2048
 # one expert, and fewer rows are summed before the host has launched another kernel.
 NARROW, CHUNKED = 64, 2 * CHUNK
 # Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
-# which at 256 columns a tile and rank 32 is half of what a second pass reads. On an H100 105 us for 161 at rank 16 (dH
+# at rank 16 and 256 columns an eighth of what a second pass would read. Alone on an H100 105 us for 161 at rank 16 (dH
 # of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral). Of gathered rows, which come from L2, 114 for 121 and 235 for
-# 238 (GLM-4.5-Air), as their loads wait for their slots: these take two. And the elements that one launch can add.
-FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * MAX_BLOCK
+# 238 (GLM-4.5-Air), as their loads wait for their slots: these take two. Rank 24 spilled up to 632 bytes a thread. And
+# the elements that one launch can add.
+FUSED_RANK, FUSED_ELEMENTS = 16, 65535 * MAX_BLOCK
 
 
 @triton.jit
@@ -175,7 +176,16 @@ def gram(
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
             return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
-    _launch(left, right, routing, out, tile, left_fan_out, right_fan_out, row_weights)
+    _launch(
+        left,
+        right,
+        routing,
+        out,
+        tile,
+        left_fan_out=left_fan_out,
+        right_fan_out=right_fan_out,
+        row_weights=row_weights,
+    )
     return out
 
 
@@ -199,11 +209,24 @@ def shrink_gram(
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
     parts = tiles.cdiv(P, tile.block_m)
-    # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for.
+    # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
+    # it adds up in the padding and in rows of no expert was never written, and is never read.
     size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
     product = empty(1, size, dtype=factor.dtype, device=factor.device)
     products = empty(parts, size, dtype=torch.float32, device=x.device)
-    _launch(x, right, routing, out, tile, x_fan_out, 0, row_weights, factor, products, scale)
+    _launch(
+        x,
+        right,
+        routing,
+        out,
+        tile,
+        left_fan_out=0,
+        right_fan_out=0,
+        row_weights=row_weights,
+        factor=factor,
+        products=products,
+        scale=scale,
+    )
     combine(products, None, product, fan_out=parts)
     return product[0, : num_slots * Q].view(num_slots, Q)
 
@@ -214,6 +237,7 @@ def _launch(
     routing: Routing,
     out: Tensor,
     tile: tiles.Tile,
+    *,
     left_fan_out: int,
     right_fan_out: int,
     row_weights: Tensor | None,

@@ -6,6 +6,7 @@ where each chose its tile and strides anew. A replay only allocates, fills in po
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -35,7 +36,7 @@ class _Program:
     the views in the order of their making.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], missing: dict[tuple, Callable[[], Any]]) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None], missing: dict[tuple, Callable[[], Any]] | None = None) -> None:
         self.steps: list[tuple] = []
         self.views: dict[int, list[tuple[int, int]]] = {}  # entry of a tensor: (entry, offset) of its views
         self.views_of_inputs: list[tuple[int, list[tuple[int, int]]]] = []
@@ -44,7 +45,7 @@ class _Program:
         self.allocations: dict[int, tuple] = {}  # entry: shape, strides and dtype; only while recording
         self.size = self.num_fixed = 1 + len(inputs)
         self.complete = True
-        self.missing = missing  # see `launch.Recorder`
+        self.missing = {} if missing is None else missing  # see `launch.Recorder`
         for entry, tensor in enumerate(inputs, 1):
             if tensor is not None and tensor.numel():
                 self.entries[tensor.data_ptr()] = entry
@@ -192,7 +193,10 @@ def can_replay(tensor: Tensor) -> bool:
 
 
 def _record(
-    body: Callable, tensors: Sequence[Tensor | None], options: tuple, missing: dict[tuple, Callable[[], Any]]
+    body: Callable,
+    tensors: Sequence[Tensor | None],
+    options: tuple,
+    missing: dict[tuple, Callable[[], Any]] | None = None,
 ) -> tuple[_Program, list[Tensor | None]]:
     from .. import triton_kernels
 
@@ -215,7 +219,7 @@ def replay(
     ``body`` computes by the functions of this package alone: by `empty`, `columns` and their like, and by those that
     launch; ``run`` is the package. It returns tensors that it allocated, or Nones. ``backward``, given such results,
     calls what will be replayed next: where kernels are missing it is called on results that were never written, and
-    launches nothing, so that its kernels are compiled side by side with these.
+    launches none of ours, so that its kernels are compiled side by side with these.
     """
     from .. import triton_kernels
 
@@ -248,23 +252,25 @@ def replay(
         key.append(tuple(map(given.index, given)))
     if device.type == "cuda" and index != driver.active.get_current_device():
         with torch.cuda.device(device):
-            return replay(body, tensors, options)
+            return replay(body, tensors, options, backward)
     known = tuple(key)
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
-    recorder, outputs = _record(body, tensors, options, {})
+    recorder, outputs = _record(body, tensors, options)
     missing = recorder.missing
     if missing:
         if backward is not None:
             recording.recorder = recorder
             try:
-                backward(outputs)
+                # Where there is no memory for it, this may be a forward alone; if not, the backward compiles its own.
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    backward(outputs)
             finally:
                 recording.recorder = None
         del recorder, outputs  # what it allocated, and never wrote
         compile_missing(missing)
-        recorder, outputs = _record(body, tensors, options, {})
+        recorder, outputs = _record(body, tensors, options)
         assert not recorder.missing, "a kernel was compiled for other arguments than it is launched with"
     if recorder.finish(outputs):
         if len(_programs) >= CAPACITY:
