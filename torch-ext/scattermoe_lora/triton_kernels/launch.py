@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import cpu_count
 from typing import Any, Protocol
 
 import torch
@@ -157,7 +157,7 @@ def compile_missing(missing: dict[tuple, Callable[[], Any]]) -> None:
             finally:
                 handed_in.set()
 
-    with _compiling, ThreadPoolExecutor(2 * (os.cpu_count() or 1), initializer=handed_in.wait) as pool:
+    with _compiling, ThreadPoolExecutor(2 * cpu_count(), initializer=handed_in.wait) as pool:
         # In a context of its own: where a compilation fails or is interrupted, Triton 3.6 leaves the mode on, and with
         # it nothing more can be compiled.
         contextvars.copy_context().run(compile_all, pool)
