@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import threading
+import time
 import types
 
 import pytest
@@ -276,6 +277,32 @@ def test_a_compilation_that_fails_leaves_triton_as_it_was(kernel, replay, monkey
     assert not replay._programs and not inner(kernel, "triton_kernels.launch")._compiled
     case.check(kernel, torch.device("cpu"))
     assert len(replay._programs) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_kernels_are_handed_in_before_one_is_compiled(kernel, replay, fails):
+    """And where one can't be handed in, those that were do not wait for it."""
+    from triton.runtime import _async_compile
+
+    events = []
+
+    def warmup(number):
+        mode = _async_compile.active_mode.get()
+        if mode is not None:
+            mode.executor.submit(events.append, "compiled")
+            time.sleep(0.02)  # so that it would be by now
+            events.append("handed in")
+            if fails and number == 2:
+                raise RuntimeError("no such tile")
+
+    missing = {(number,): functools.partial(warmup, number) for number in range(3)}
+    compile_missing = inner(kernel, "triton_kernels.launch").compile_missing
+    if fails:
+        with pytest.raises(RuntimeError, match="no such tile"):
+            compile_missing(missing)
+    else:
+        compile_missing(missing)
+    assert events == ["handed in"] * 3 + ["compiled"] * 3
 
 
 def test_other_lengths_compile_nothing_new(kernel, replay):

@@ -25,8 +25,9 @@ def _flat(per_slot: Tensor) -> Tensor:
     return per_slot.reshape(-1).contiguous()
 
 
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty(0)
+def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
+    """Outputs as an op returns them, with empty tensors for Nones."""
+    return [like.new_empty(0) if output is None else output for output in outputs]
 
 
 def _route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
@@ -93,16 +94,14 @@ def _moe_mlp_forward(
     )
     flags = (gate_up_scaling, down_scaling, is_transposed, is_concatenated, has_gate, activation, lora_dropout)
 
-    def saved(outputs: List[Optional[Tensor]]) -> List[Tensor]:
-        return [_empty(gate_up_proj) if output is None else output for output in outputs]
-
     def backward(outputs: List[Optional[Tensor]]) -> None:
-        out, *rest = saved(outputs)
+        out, *saved = _schema_list(outputs, gate_up_proj)
         routing = (top_k_weights, top_k_index, dropout_seed)
-        moe_mlp_backward(out, hidden_states, *tensors[1:9], *routing, *rest, *flags, needs)
+        moe_mlp_backward(out, hidden_states, *tensors[1:9], *routing, *saved, *flags, needs)
 
     options = (hidden_states.dtype, *flags, bool(needs))
-    return saved(backend.of(hidden_states).replay(_forward_body, tensors, options, backward if needs else None))
+    outputs = backend.of(hidden_states).replay(_forward_body, tensors, options, backward if needs else None)
+    return _schema_list(outputs, gate_up_proj)
 
 
 def _forward_body(
@@ -451,14 +450,16 @@ def _backward_body(
 
     # Gate and up projection.
     u_up = A_up = None
-    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A or need_up_B):
+    if need_up_B:
+        grads[6] = run.empty_like(gate_up_B)
+    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A):
         B_up = run.in_factor(gate_up_B, w_up.dtype)
-        if need_up_B:
-            grads[6] = run.empty_like(gate_up_B)
         u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
         del B_up
         if need_x:
             A_up = run.in_factor(gate_up_A, w_up.dtype)
+    elif need_up_B:
+        run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
@@ -612,15 +613,13 @@ def _parallel_linear_forward(
     )
     flags = (k, scaling, grouped_in, grouped_out)
 
-    def saved(outputs: List[Optional[Tensor]]) -> List[Tensor]:
-        return [_empty(expert_weights) if output is None else output for output in outputs]
-
     def backward(outputs: List[Optional[Tensor]]) -> None:
-        out, *rest = saved(outputs)
-        parallel_linear_backward(out, inputs, *tensors[1:5], gates, *rest, *tensors[6:], *flags, needs)
+        out, *saved = _schema_list(outputs, expert_weights)
+        parallel_linear_backward(out, inputs, *tensors[1:5], gates, *saved, *tensors[6:], *flags, needs)
 
     options = (inputs.dtype, None if gates is None else gates.shape[1], *flags, bool(needs))
-    return saved(backend.of(inputs).replay(_linear_forward_body, tensors, options, backward if needs else None))
+    outputs = backend.of(inputs).replay(_linear_forward_body, tensors, options, backward if needs else None)
+    return _schema_list(outputs, expert_weights)
 
 
 def _linear_forward_body(
@@ -760,14 +759,16 @@ def _linear_backward_body(
     grads: List[Any] = [None] * 7
 
     u = None
-    if A is not None and B is not None and (need_x or need_A or need_B or need_gates):
-        if need_B:
-            grads[4] = run.empty_like(B)
+    if need_B:
+        grads[4] = run.empty_like(B)
+    if A is not None and B is not None and (need_x or need_A or need_gates):
         factor = run.in_factor(B, weight.dtype)
         u = _rank_products(
             run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling, row_weights=gates
         )
         del factor
+    elif need_B:
+        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     if need_x or need_gates:
         expand = None if A is None else run.in_factor(A, weight.dtype)
         dx = run.grouped_gemm(

@@ -245,6 +245,7 @@ def _launch(
     products: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
+    """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
     num_experts, P, Q = out.shape
     num_slots = routing.num_slots
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.

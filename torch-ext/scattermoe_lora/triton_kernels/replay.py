@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launch import ON_HIP, compile_missing, recording
+from .launch import ON_HIP, Recorder, compile_missing, recording
 from .starter import Operand, starter
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
@@ -192,6 +192,15 @@ def can_replay(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+@contextlib.contextmanager
+def _recorded_by(recorder: Recorder) -> Iterator[None]:
+    outer, recording.recorder = recording.recorder, recorder
+    try:
+        yield
+    finally:
+        recording.recorder = outer
+
+
 def _record(
     body: Callable,
     tensors: Sequence[Tensor | None],
@@ -200,12 +209,9 @@ def _record(
 ) -> tuple[_Program, list[Tensor | None]]:
     from .. import triton_kernels
 
-    outer = recording.recorder
-    recorder = recording.recorder = _Program(tensors, missing)
-    try:
+    recorder = _Program(tensors, missing)
+    with _recorded_by(recorder):
         return recorder, body(triton_kernels, *tensors, *options)
-    finally:
-        recording.recorder = outer
 
 
 def replay(
@@ -261,13 +267,9 @@ def replay(
     missing = recorder.missing
     if missing:
         if backward is not None:
-            recording.recorder = recorder
-            try:
-                # Where there is no memory for it, this may be a forward alone; if not, the backward compiles its own.
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    backward(outputs)
-            finally:
-                recording.recorder = None
+            # Where there is no memory for it, this may be a forward alone; if not, the backward compiles its own.
+            with _recorded_by(recorder), contextlib.suppress(torch.OutOfMemoryError):
+                backward(outputs)
         del recorder, outputs  # what it allocated, and never wrote
         compile_missing(missing)
         recorder, outputs = _record(body, tensors, options)
