@@ -76,7 +76,7 @@ def candidates(kind: str, rows: int) -> list[dict[str, int]]:
             (64, 256, 4, 3, 2),
         ]
     elif kind == "act":
-        values = [(m, n, w, 1) for m, n, w in ((8, 256, 4), (8, 128, 4), (16, 64, 4), (32, 64, 4)) if m <= rows]
+        values = [(m, n, 4, 1) for m, n in ((16, 128), (8, 128), (8, 64), (16, 64), (32, 64)) if m <= rows]
     elif kind == "shrink":
         values = [
             (m, k, w, s) for m in (32, 64, 128) if m <= rows for k, w, s in ((128, 4, 3), (64, 4, 4), (256, 4, 2))

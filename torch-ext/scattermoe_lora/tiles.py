@@ -110,9 +110,12 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
 
 @functools.cache
 def act_tile(rows: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
-    """The activation's tile: ``block_m`` rows by ``block_n`` units a step."""
+    """The activation's tile: ``block_m`` rows by ``block_n`` units a step, 16 bytes a thread.
+
+    With 32 bytes its gradient took 219 us for 209 on an H100, 169 for 151 on an H200 (Qwen3-30B-A3B, 8192 tokens).
+    """
     rule = Tile(
-        block_m=min(16, rows),
+        block_m=min(16 if gpu.architecture.startswith("gfx9") else 8, rows),  # whose warps have 64 threads
         block_n=128 if dtype.itemsize <= 2 else 64,
         block_k=1,
         num_warps=4,

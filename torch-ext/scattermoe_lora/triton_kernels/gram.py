@@ -83,10 +83,14 @@ def _gram_kernel(
     """A tile of an expert's output, of all its rows; with PART "rest" a partial one, of a chunk that is not the
     expert's first; with "first" that of its first chunk, and the partial ones added. With HAS_FACTOR the part that the
     tile's P columns have in each row's product, ``products [tiles of P, slots, Q]``."""
-    # All tiles of an expert after one another: its rows are then read from memory once, and from L2 for the others.
     q_tiles = tl.cdiv(Q, BLOCK_Q)
     tiles = tl.cdiv(P, BLOCK_P) * q_tiles
-    unit, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    # All tiles of an expert after one another: its rows are then read from memory once, and from L2 for the others.
+    # But of rows that several experts share the same columns of all: 32,768 tokens took an H200 184 us for 196.
+    units = tl.num_programs(0) // tiles
+    by_columns = (LEFT_FAN_OUT > 1) & (q_tiles == 1)
+    unit = tl.where(by_columns, tl.program_id(0) % units, tl.program_id(0) // tiles)
+    tile = tl.where(by_columns, tl.program_id(0) // units, tl.program_id(0) % tiles)
     p = (tile // q_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = (tile % q_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if PART == "rest":
