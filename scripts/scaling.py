@@ -184,11 +184,13 @@ def time_engine(engine: str, options: argparse.Namespace, device: torch.device) 
         devices = [device.index] if device.type == "cuda" else None
         wrapped: nn.Module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
     else:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for layer in model.base_model.model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, reshard_after_forward=True)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh)
         wrapped = model
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
     ids = tokens_of(dist.get_rank(), options, device)
