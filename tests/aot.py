@@ -93,7 +93,8 @@ class Case:
 class Compiled:
     """What came of one kernel. ``rows`` are those of its smallest product, 0 without one; registers are a thread's.
 
-    ``waits`` are those for a warp group's products that the assembler added to the program's.
+    ``waits`` are those for a warp group's products that the assembler added to the program's, ``kept`` the stores that
+    do not leave L2 first.
     """
 
     kernel: str
@@ -106,6 +107,7 @@ class Compiled:
     instructions: tuple[str, ...] = ()
     rows: int = 0
     waits: int = 0
+    kept: int = 0
     error: str = ""
 
     def problems(self) -> list[str]:
@@ -128,6 +130,8 @@ class Compiled:
             # Hopper's own kernels are held to it. Of the others one had such waits, a gram of rank 64 with Triton 3.6.
             if self.waits and self.kernel.startswith("hopper"):
                 found.append(f"{self.waits} waits between products that should follow one another")
+            if self.kept and self.kernel.startswith("hopper"):
+                found.append(f"{self.kept} stores that keep weights out of L2")
         return [f"{self.kernel} {self.tile} {self.dtype} on {self.family}: {problem}" for problem in found]
 
 
@@ -408,6 +412,7 @@ def _findings(compiled, family: Family) -> dict[str, object]:
         "spills": spills,
         "instructions": tuple(i for i in INSTRUCTIONS if re.search(rf"\b{re.escape(i)}", text)),
         "waits": _added_waits(compiled.asm),
+        "kept": len(re.findall(r"st\.global(?!\S*L2::cache_hint)", text)),
         "rows": min(map(int, re.findall(r"(?:tt\.|group_)dot .*-> tensor<(\d+)x", products)), default=0),
     }
 
