@@ -23,7 +23,9 @@ def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GRO
     """``(expert, first row, end of the expert's rows, column tile)`` of a product's tile.
 
     An expert's tiles follow one another, up to GROUP_M row tiles for each column tile: they read a weight block
-    together, so once from memory.
+    together, so once from memory. Where a program would always have the same of an expert's row tiles, as their number
+    divides the programs', it has the next one each time: with two of them, and the second one not full, half of the
+    programs had all of the full ones.
     """
     row_tile = tile // num_column_tiles  # of this expert, and of this group
     expert, first_row, end, first_tile = tile_entry(tiles_ptr, row_tile)
@@ -31,8 +33,12 @@ def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GRO
     group = (row_tile - first_tile) // GROUP_M * GROUP_M
     left = (end - start + BLOCK_M - 1) // BLOCK_M - group
     height = tl.where(left < GROUP_M, left, GROUP_M)
-    within = tile - (first_tile + group) * num_column_tiles
-    return expert, start + (group + within % height) * BLOCK_M, end, within // height
+    first = (first_tile + group) * num_column_tiles
+    column_tile = (tile - first) // height
+    first += column_tile * height  # the first row tile's of this column tile
+    programs = tl.num_programs(0)
+    turn = tl.where(programs % height == 0, first // programs, 0)
+    return expert, start + (group + (tile - first + turn) % height) * BLOCK_M, end, column_tile
 
 
 @triton.jit
