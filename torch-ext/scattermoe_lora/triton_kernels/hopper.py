@@ -78,9 +78,9 @@ def wait_full(barrier, phase, COPIED: gl.constexpr):
 
 
 @gluon.jit
-def add_product(a, b, acc):
-    """``acc + a @ b``, under way: only the products before it have ended."""
-    acc = warpgroup_mma(a, b, acc, is_async=True)
+def add_product(a, b, acc, use_acc=True):
+    """``acc + a @ b``, or without ``use_acc`` ``a @ b``, under way: only the products before it have ended."""
+    acc = warpgroup_mma(a, b, acc, use_acc=use_acc, is_async=True)
     return warpgroup_mma_wait(1, deps=[acc])
 
 

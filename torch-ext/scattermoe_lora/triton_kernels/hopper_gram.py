@@ -152,15 +152,15 @@ def _multiply(
     held_rows = 0
     held_column = 0
     block = HELD
+    acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)  # never zeroed again, see `hopper_gemm`
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
         m += HALF * PART
-        acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
         # At least one block, of zeros, for an expert without rows.
         for k in range(0, gl.maximum(gl.cdiv(end - start, BLOCK_K), 1)):
             wait_full(full.index(stage), phase, True)
             a = a_ring.index(2 * stage + PART).permute((1, 0))
-            acc = add_product(a, b_ring.index(stage), acc)
+            acc = add_product(a, b_ring.index(stage), acc, use_acc=k > 0)
             mbarrier.arrive(empty.index(before(stage, STAGES)), pred=k > 0)
             if block < HELD:
                 _store(held_ptr, held, held_rows, held_column, N, stride_om, block, PART)
