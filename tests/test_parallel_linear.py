@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import inner
 from numerics import BOUNDS, Case, assert_close, random_routing
 from torch import Tensor, nn
@@ -498,22 +499,30 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
 
 
 @every_device
-@pytest.mark.parametrize("E, N, r", [(3, 40, 8), (1, 5, 3), (37, 130, 64), (8, 2000, 4)])
-def test_factors_are_copied_only_where_tma_can_not_read_them(kernel, device, E, N, r):
-    """Expert-major ones are views of what is trained; others in the kernels' dtype are made dense."""
-    in_factor = kernel.backend.of(torch.empty(0, device=device)).in_factor
+@pytest.mark.parametrize("E, N, r", [(3, 40, 16), (1, 5, 3), (37, 130, 64), (8, 2000, 4), (5, 24, 40)])
+def test_factors_are_copied_only_where_the_kernels_can_not_read_them(kernel, device, E, N, r):
+    """Expert-major ones are views of what is trained; others in the kernels' dtype are made dense, ranks padded."""
+    run = kernel.backend.of(torch.empty(0, device=device))
+    padding = 0 if run is kernel.reference else -r % 16
     options = {"dtype": torch.float16, "device": device}
     A, B = torch.randn(E * r, N, **options), torch.randn(N, E * r, **options)
     lora, peft = kernel.ExpertLoRA.from_expert_major(A, B, E, 1.0), kernel.ExpertLoRA.from_peft(A, B, E, 1.0)
-    readable = [torch.randn(E, 5, 3, device=device), lora.A] + [lora.B] * (r % 8 == 0)
-    for factor in readable:
-        assert in_factor(factor, factor.dtype) is factor
+    readable = [(torch.randn(E, r, 3, device=device), 1), (lora.A, 1)]
+    if r % 8 == 0:
+        readable.append((lora.B, 2))
     wide = torch.randn(E, N, r + 1, **options)[..., :r]
     shifted = torch.randn(E * N * r + 1, **options)[1:].view(N, E, r).transpose(0, 1)
-    copied = [wide, *([lora.A[:1].expand(E, r, N), shifted, peft.B] if E > 1 else [])]
-    for factor in copied:
-        copy = in_factor(factor, factor.dtype)
-        assert copy.is_contiguous() and torch.equal(copy, factor) and copy is not factor
-    for factor in (*copied, *readable, peft.A.mT):
-        cast = in_factor(factor, torch.float32 if factor.dtype == torch.float16 else torch.float16)
-        assert cast.is_contiguous() and torch.equal(cast, factor.to(cast.dtype)) and cast.dtype != factor.dtype
+    copied = [(wide, 2), *([(lora.A[:1].expand(E, r, N), 1), (shifted, 2), (peft.B, 2)] if E > 1 else [])]
+    if padding:
+        copied, readable = copied + readable, []
+
+    for factor, dim in readable:
+        assert run.in_factor(factor, factor.dtype, rank_dim=dim) is factor
+    for factor, dim in copied:
+        copy = run.in_factor(factor, factor.dtype, rank_dim=dim)
+        assert copy is not factor and copy.is_contiguous()
+        assert torch.equal(copy, F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding)))
+    for factor, dim in (*copied, *readable, (peft.A.mT, 2)):
+        cast = run.in_factor(factor, torch.float32 if factor.dtype == torch.float16 else torch.float16, rank_dim=dim)
+        padded = F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding))
+        assert cast.is_contiguous() and torch.equal(cast, padded.to(cast.dtype)) and cast.dtype != factor.dtype

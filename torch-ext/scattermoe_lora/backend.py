@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tiles
+from .operands import padded_rank
 from .types import Routing
 
 # The launchers use what came with it: AsyncCompileMode, and descriptors made on the host.
@@ -44,11 +45,10 @@ def routing(
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     weights: Sequence[Tensor] = (),
-    factors: Sequence[Tensor | None] = (),
 ) -> Routing:
     """`scheduled` indices of any strides and integer dtype."""
     scattered_idxs, expert_offsets = dense_indices(scattered_idxs, expert_offsets)
-    return scheduled(of(scattered_idxs), scattered_idxs, expert_offsets, weights, factors)
+    return scheduled(of(scattered_idxs), scattered_idxs, expert_offsets, weights)
 
 
 def scheduled(
@@ -56,13 +56,9 @@ def scheduled(
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     weights: Sequence[Tensor],
-    factors: Sequence[Tensor | None],
 ) -> Routing:
-    """A routing with its schedule, by a backend.
-
-    ``weights [E, K, N]`` and ``factors [E, r, K]`` are those of the products that it is for, if it is for any.
-    """
-    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], weights, factors)
+    """A routing with its schedule, by a backend; ``weights [E, K, N]`` are those of the products that it is for."""
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], weights)
     schedule = run.schedule(expert_offsets, scattered_idxs.shape[0], tile_rows)
     return Routing(scattered_idxs, expert_offsets, schedule, tile_rows)
 
@@ -70,6 +66,14 @@ def scheduled(
 def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:
     """Indices as the kernels read them, densely, and multiply them into addresses that pass 2**31."""
     return tuple(index.to(torch.int64).contiguous() for index in indices)
+
+
+def fake_rank_product(like: Tensor, A: Tensor | None, num_slots: int) -> Tensor:
+    """What a `shrink` by a factor ``A [E, r, in]`` returns, for ops that are traced: the kernels pad its ranks."""
+    if A is None:
+        return like.new_empty(0)
+    rank = A.shape[1]
+    return like.new_empty(num_slots, rank if like.device.type == "cpu" else padded_rank(rank))
 
 
 def fake_schedule(like: Tensor, num_slots: int, num_experts: int) -> Tensor:

@@ -163,7 +163,7 @@ def group_bwd_lora(
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
-    A, B = run.in_factor(lora.A, X.dtype), run.in_factor(lora.B, X.dtype)
+    A, B = run.in_factor(lora.A, X.dtype, rank_dim=1), run.in_factor(lora.B, X.dtype, rank_dim=2)
     xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=scaling)
     u = run.shrink_gram(DY, B, xa, routing, views.B, x_fan_out=0, scale=scaling)
     run.gram(X, u, routing, views.A.mT, left_fan_out=0)
@@ -228,12 +228,13 @@ def _gemm(
     run = backend.of(X)
     experts = torch.arange(W.shape[0], device=X.device, dtype=sorted_expert_idxs.dtype)
     offsets = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
-    routing = backend.routing(sorted_scattered_idxs, offsets, (W,), (None if lora is None else lora.A,))
+    routing = backend.routing(sorted_scattered_idxs, offsets, (W,))
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:
-        z = run.shrink(X, run.in_factor(lora.A, X.dtype).mT, routing, x_fan_out=x_fan_out, scale=lora.scaling)
-        expand = run.in_factor(lora.B, X.dtype).mT
+        A = run.in_factor(lora.A, X.dtype, rank_dim=1)
+        z = run.shrink(X, A.mT, routing, x_fan_out=x_fan_out, scale=lora.scaling)
+        expand = run.in_factor(lora.B, X.dtype, rank_dim=2).mT
     return run.grouped_gemm(
         X,
         W,

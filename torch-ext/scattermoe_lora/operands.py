@@ -15,6 +15,14 @@ def tma_can_read(tensor: Tensor, contiguous: int) -> bool:
     return all(stride > 0 and stride * size % 16 == 0 for stride in others)
 
 
+def padded_rank(rank: int) -> int:
+    """Columns that the kernels give a rank: of others than multiples of 16 they would read an element at a time.
+
+    At rank 8 a step of Qwen3-30B-A3B took 7 % longer than at 16, at 24 14, at 4 17 (8192 tokens, H200).
+    """
+    return -(-rank // 16) * 16
+
+
 def is_read_as_it_is(factor: Tensor, dtype: torch.dtype) -> bool:
     """Whether an adapter factor ``[E, r, in]`` or ``[E, out, r]`` is in the base's dtype and dense, or TMA takes it.
 

@@ -133,15 +133,15 @@ def _forward_body(
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
-    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down), (gate_up_A, down_A))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down))
 
     xa = expand = None
     if gate_up_A is not None and gate_up_B is not None:
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
-        A_up = run.in_factor(gate_up_A, w_up.dtype)
+        A_up = run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
         xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
         del dropped, A_up
-        expand = run.in_factor(gate_up_B, w_up.dtype).mT
+        expand = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2).mT
     h, a = run.grouped_gemm_act(
         x,
         w_up,
@@ -158,7 +158,7 @@ def _forward_body(
     aa = waa = expand = None
     if down_A is not None and down_B is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        A_down = run.in_factor(down_A, w_down.dtype)
+        A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
         if save:
             waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
         aa = run.shrink(
@@ -171,7 +171,7 @@ def _forward_body(
             weighted=waa,
         )
         del dropped, A_down
-        expand = run.in_factor(down_B, w_down.dtype).mT
+        expand = run.in_factor(down_B, w_down.dtype, rank_dim=2).mT
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     _gemm_combine(
         run,
@@ -284,8 +284,8 @@ def _(
     return [
         out,
         gate_up_proj.new_empty(num_slots, width),
-        gate_up_proj.new_empty(0) if gate_up_A is None else gate_up_proj.new_empty(num_slots, gate_up_A.shape[1]),
-        gate_up_proj.new_empty(0) if down_A is None else gate_up_proj.new_empty(num_slots, down_A.shape[1]),
+        backend.fake_rank_product(gate_up_proj, gate_up_A, num_slots),
+        backend.fake_rank_product(gate_up_proj, down_A, num_slots),
         top_k_index.new_empty(num_slots, dtype=torch.int64),
         top_k_index.new_empty(gate_up_proj.shape[0], dtype=torch.int64),
         backend.fake_schedule(top_k_index, num_slots, gate_up_proj.shape[0]),
@@ -389,7 +389,7 @@ def _backward_body(
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
-    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down), (gate_up_A, down_A))
+    tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
 
     need_x, need_up, need_down, need_up_bias, need_down_bias, *rest = needs
@@ -401,12 +401,12 @@ def _backward_body(
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
     if down_A is not None and down_B is not None:
-        B_down = run.in_factor(down_B, w_down.dtype)
+        B_down = run.in_factor(down_B, w_down.dtype, rank_dim=2)
         if need_down_B:
             grads[8] = run.empty_like(down_B)
         u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out=fan_out, scaling=down_scaling)
         del B_down
-        A_down = run.in_factor(down_A, w_down.dtype)
+        A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
             a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
@@ -453,11 +453,11 @@ def _backward_body(
     if need_up_B:
         grads[6] = run.empty_like(gate_up_B)
     if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A):
-        B_up = run.in_factor(gate_up_B, w_up.dtype)
+        B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2)
         u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
         del B_up
         if need_x:
-            A_up = run.in_factor(gate_up_A, w_up.dtype)
+            A_up = run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
     elif need_up_B:
         run.gram(dh, xa, routing, grads[6], left_fan_out=0)
     if need_up:
@@ -642,11 +642,11 @@ def _linear_forward_body(
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
-    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,), (A,))
+    routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,))
     xa = expand = None
     if A is not None and B is not None:
-        xa = run.shrink(x, run.in_factor(A, weight.dtype).mT, routing, x_fan_out=x_fan_out, scale=scaling)
-        expand = run.in_factor(B, weight.dtype).mT
+        xa = run.shrink(x, run.in_factor(A, weight.dtype, rank_dim=1).mT, routing, x_fan_out=x_fan_out, scale=scaling)
+        expand = run.in_factor(B, weight.dtype, rank_dim=2).mT
     y = run.grouped_gemm(
         x,
         weight,
@@ -681,7 +681,7 @@ def _(inputs, expert_weights, expert_biases, A, B, gates, scattered_idxs, expert
     out = inputs.new_empty(num_slots if gates is None else gates.shape[0], expert_weights.shape[2])
     if not flags[-1]:
         return [out]
-    xa = expert_weights.new_empty(0) if A is None else expert_weights.new_empty(num_slots, A.shape[1])
+    xa = backend.fake_rank_product(expert_weights, A, num_slots)
     return [out, xa, backend.fake_schedule(scattered_idxs, num_slots, expert_offsets.shape[0])]
 
 
@@ -753,7 +753,7 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
-    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,), (A,))
+    tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
@@ -762,7 +762,7 @@ def _linear_backward_body(
     if need_B:
         grads[4] = run.empty_like(B)
     if A is not None and B is not None and (need_x or need_A or need_gates):
-        factor = run.in_factor(B, weight.dtype)
+        factor = run.in_factor(B, weight.dtype, rank_dim=2)
         u = _rank_products(
             run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling, row_weights=gates
         )
@@ -770,7 +770,7 @@ def _linear_backward_body(
     elif need_B:
         run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
     if need_x or need_gates:
-        expand = None if A is None else run.in_factor(A, weight.dtype)
+        expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
         dx = run.grouped_gemm(
             dout,
             weight.mT,

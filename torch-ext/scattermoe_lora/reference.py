@@ -253,8 +253,12 @@ def columns(tensor: Tensor, piece: slice) -> Tensor:
     return tensor[..., piece]
 
 
-def in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter factor ``[E, r, in]`` or ``[E, out, r]``, dense and in the base's dtype; itself if it is read so."""
+def in_factor(factor: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
+    """An adapter factor ``[E, r, in]`` or ``[E, out, r]``, dense and in the base's dtype; itself if it is read so.
+
+    ``rank_dim``, 1 or 2, is that of its ranks, which a backend may pad with zeros; all products of its result are then
+    as wide.
+    """
     if is_read_as_it_is(factor, dtype):
         return factor
     return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
@@ -277,9 +281,7 @@ def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return sorted_expert_idxs, sorted_scattered_idxs, counts[:num_experts].cumsum(0)
 
 
-def tile_rows(
-    expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
-) -> int:
+def tile_rows(expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor]) -> int:
     """How many rows of an expert are multiplied together; see `backend.scheduled`. On the CPU all of them."""
     return max(1, num_slots)
 

@@ -1,4 +1,7 @@
-"""Cast: an adapter's factor dense and in the base's dtype. PEFT's are float32, and B has experts side by side."""
+"""Cast: an adapter's factor dense, in the base's dtype and padded to aligned ranks, where it is not.
+
+PEFT's are float32, and its B has the experts side by side.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from ..operands import is_read_as_it_is
+from ..operands import is_read_as_it_is, padded_rank
 from .launch import empty, launch
 
 # Elements of a program's block, and experts of it where they lie side by side: 128 bytes of PEFT's float32.
@@ -22,6 +25,8 @@ def _cast_kernel(
     num_experts,
     M,
     N,
+    out_M,
+    out_N,
     stride_e,
     stride_m,
     stride_n,
@@ -31,31 +36,37 @@ def _cast_kernel(
 ):
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[:, None, None].to(tl.int64)
     tile = tl.program_id(1)
-    column_tiles = tl.cdiv(N, BLOCK_N)
+    column_tiles = tl.cdiv(out_N, BLOCK_N)
     m = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)[None, :, None].to(tl.int64)
     n = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)[None, None, :].to(tl.int64)
     inside = (e < num_experts) & (m < M) & (n < N)
+    # Padding is zeros.
+    written = (e < num_experts) & (m < out_M) & (n < out_N)
     # Triton loads by the strides of x and stores by those of out: between them a block is transposed in shared memory.
     x = tl.load(x_ptr + e * stride_e + m * stride_m + n * stride_n, mask=inside, other=0.0)
-    tl.store(out_ptr + e * M * N + m * N + n, x.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + e * out_M * out_N + m * out_N + n, x.to(out_ptr.dtype.element_ty), mask=written)
 
 
-def in_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `reference.in_factor`."""
-    if is_read_as_it_is(factor, dtype):
+def in_factor(factor: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
+    """See `reference.in_factor`; its ranks are followed by zeros, see `operands.padded_rank`."""
+    rank = factor.shape[rank_dim]
+    if is_read_as_it_is(factor, dtype) and padded_rank(rank) == rank:
         return factor
     num_experts, M, N = factor.shape
-    out = empty(num_experts, M, N, dtype=dtype, device=factor.device)
+    shape = [num_experts, M, N]
+    shape[rank_dim] = padded_rank(rank)
+    out = empty(*shape, dtype=dtype, device=factor.device)
     if out.numel() == 0:
         return out
+    _, out_M, out_N = shape
     block_e = min(EXPERTS, tiles.next_power_of_2(num_experts)) if factor.stride(0) < factor.stride(2) else 1
-    block_n = min(ELEMENTS // (4 * block_e), tiles.next_power_of_2(N))
-    block_m = min(ELEMENTS // (block_e * block_n), tiles.next_power_of_2(M))
+    block_n = min(ELEMENTS // (4 * block_e), tiles.next_power_of_2(out_N))
+    block_m = min(ELEMENTS // (block_e * block_n), tiles.next_power_of_2(out_M))
     launch(
         _cast_kernel,
-        (tiles.cdiv(num_experts, block_e), tiles.cdiv(M, block_m) * tiles.cdiv(N, block_n)),
+        (tiles.cdiv(num_experts, block_e), tiles.cdiv(out_M, block_m) * tiles.cdiv(out_N, block_n)),
         (factor, out),
-        (num_experts, M, N, *factor.stride()),
+        (num_experts, M, N, out_M, out_N, *factor.stride()),
         4,
         1,
         BLOCK_E=block_e,

@@ -46,16 +46,13 @@ def has_hopper_kernels(architecture: str) -> bool:
     return architecture == "sm_90" and TRITON in KNOWN_TRITON
 
 
-def tile_rows(
-    expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor], factors: Sequence[Tensor | None]
-) -> int:
+def tile_rows(expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor]) -> int:
     """Rows of a row tile of these products, see `backend.scheduled`: everything that walks the schedule shares it."""
     num_experts = expert_offsets.shape[0]
     if num_slots >= HOPPER_LEAST * num_experts and has_hopper_kernels(gpu(expert_offsets).architecture):
         # Sizes that Hopper's kernels leave to the general one, they leave to it in its own tiles.
         wide = all(min(weight.shape[1:]) >= HOPPER_COLUMNS for weight in weights)
         even = all(n % 16 == 0 for weight in weights for n in weight.shape[1:])
-        ranks = all(factor is None or factor.shape[1] % 8 == 0 for factor in factors)
-        if weights and wide and even and ranks and all(weight.element_size() == 2 for weight in weights):
+        if weights and wide and even and all(weight.element_size() == 2 for weight in weights):
             return HOPPER_ROWS
     return tiles.block_m(num_slots, num_experts)

@@ -57,6 +57,7 @@ def _gram_kernel(
     num_experts,
     P,
     Q,
+    out_columns,
     stride_pt,
     stride_lm,
     stride_lp,
@@ -82,7 +83,8 @@ def _gram_kernel(
 ):
     """A tile of an expert's output, of all its rows; with PART "rest" a partial one, of a chunk that is not the
     expert's first; with "first" that of its first chunk, and the partial ones added. With HAS_FACTOR the part that the
-    tile's P columns have in each row's product, ``products [tiles of P, slots, Q]``."""
+    tile's P columns have in each row's product, ``products [tiles of P, slots, Q]``. Of Q columns, which a rank's
+    padding is among, ``out_columns`` are stored."""
     q_tiles = tl.cdiv(Q, BLOCK_Q)
     tiles = tl.cdiv(P, BLOCK_P) * q_tiles
     # All tiles of an expert after one another: its rows are then read from memory once, and from L2 for the others.
@@ -155,7 +157,7 @@ def _gram_kernel(
                     acc += tl.load(partial + of_partial, mask=inside, other=0.0)
         out = out_ptr + unit.to(tl.int64) * stride_oe
         out += p[:, None].to(tl.int64) * stride_op + q[None, :].to(tl.int64) * stride_oq
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < out_columns)[None, :])
 
 
 def gram(
@@ -205,7 +207,7 @@ def shrink_gram(
     row_weights: Tensor | None = None,
 ) -> Tensor:
     """See `reference.shrink_gram`: in one pass over grouped rows where the rank is small, else in two."""
-    num_experts, P, Q = out.shape
+    P, Q = out.shape[1], right.shape[1]
     num_slots = routing.num_slots
     fused = x_fan_out == 0 and Q <= FUSED_RANK and factor.element_size() == 2
     if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
@@ -250,7 +252,8 @@ def _launch(
     scale: float = 1.0,
 ) -> None:
     """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
-    num_experts, P, Q = out.shape
+    num_experts, P, out_columns = out.shape
+    Q = out_columns if right is None else right.shape[1]
     num_slots = routing.num_slots
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
     chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
@@ -276,6 +279,7 @@ def _launch(
                 num_experts,
                 P,
                 Q,
+                out_columns,
                 0 if products is None else products.stride(0),
                 *left.stride(),
                 *((0, 0) if right is None else right.stride()),
