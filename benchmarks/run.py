@@ -90,7 +90,7 @@ class Layer:
         )
 
     def composed(self) -> Callable[[], Tensor]:
-        """The same by two `parallel_linear_lora`, as code written for ScatterMoE has it."""
+        """The same by two `parallel_linear_lora` and an `activate`, as code written for ScatterMoE may have it."""
         from kernels import get_kernel
 
         kernel = get_kernel("org/scattermoe-lora", version=1)
@@ -102,9 +102,9 @@ class Layer:
         def forward() -> Tensor:
             order = kernel.flatten_sort_count(self.index, E)
             up = {"lora_A": A_up, "lora_B": B_up, "scaling": 2.0, "grouped_out": True}
-            gate, up = kernel.parallel_linear_lora(self.x, self.up.mT, self.model.top_k, *order, **up).chunk(2, dim=-1)
+            h = kernel.parallel_linear_lora(self.x, self.up.mT, self.model.top_k, *order, **up)
             down = {"lora_A": A_down, "lora_B": B_down, "scaling": 2.0, "grouped_in": True, "gates": self.weights}
-            return kernel.parallel_linear_lora(F.silu(gate) * up, self.down.mT, 1, *order, **down)
+            return kernel.parallel_linear_lora(kernel.activate(h), self.down.mT, 1, *order, **down)
 
         return forward
 

@@ -241,13 +241,15 @@ def _ungated(kernel: types.ModuleType, case: Case) -> None:
 
 
 def _linear(kernel: types.ModuleType, case: Case) -> None:
-    """ScatterMoE's pair of linears: gathered to grouped rows, without LoRA; grouped rows to gated tokens, with it."""
+    """ScatterMoE's pair of linears: gathered to grouped rows, without LoRA; grouped rows to gated tokens, with it; and
+    the activation between."""
     t = _Tensors(kernel, case)
     order = _order(kernel, t.ids, NUM_EXPERTS)
     up, down = t(NUM_EXPERTS, HIDDEN, INTERMEDIATE), t(NUM_EXPERTS, INTERMEDIATE, HIDDEN, trains=False)
     lora = {"lora_A": t(NUM_EXPERTS * t.rank, INTERMEDIATE), "lora_B": t(HIDDEN, NUM_EXPERTS * t.rank)}
     gates = t(t.num_tokens, TOP_K)
     t.step(kernel.parallel_linear, t.x, up, TOP_K, *order, grouped_out=True)
+    t.step(kernel.activate, t(t.num_tokens * TOP_K, 2 * INTERMEDIATE))
     a = t(t.num_tokens * TOP_K, INTERMEDIATE)
     t.step(kernel.parallel_linear_lora, a, down, 1, *order, **lora, gates=gates, grouped_in=True)
 

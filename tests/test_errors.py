@@ -17,7 +17,7 @@ from torch import Tensor
 
 T, k, E, H, I, r = 6, 2, 5, 12, 7, 3  # noqa: E741
 S = T * k
-BACKEND = "route schedule shrink grouped_gemm grouped_gemm_act act_grad gram combine".split()
+BACKEND = "route schedule shrink grouped_gemm grouped_gemm_act act_grad activated gram combine".split()
 
 # The tensors of every public function.
 TENSORS = {
@@ -26,6 +26,7 @@ TENSORS = {
     " gates",
     "parallel_linear_lora": "inputs expert_weights sorted_expert_idxs sorted_scattered_idxs expert_offsets lora_A"
     " lora_B expert_biases gates",
+    "activate": "h",
     "flatten_sort_count": "expert_idxs",
     "ExpertLoRA": "A B",
     "from_peft": "lora_A lora_B",
@@ -78,6 +79,7 @@ def calls(kernel) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "parallel_linear": (kernel.parallel_linear, {**linear, **rest}),
         "parallel_linear_lora": (kernel.parallel_linear_lora, {**linear, **lora, "scaling": 0.5, **rest}),
+        "activate": (kernel.activate, {"h": normal(S, 2 * I)}),
         "flatten_sort_count": (kernel.flatten_sort_count, {"expert_idxs": ids, "num_experts": E}),
         "ExpertLoRA": (kernel.ExpertLoRA, {"A": normal(E, r, H), "B": normal(E, I, r), "scaling": 0.5}),
         "from_peft": (kernel.ExpertLoRA.from_peft, {**lora, "num_experts": E, "scaling": 0.5}),
@@ -185,7 +187,9 @@ def test_unsupported_dtype(calls, fail, call, name, dtype):
     _assert_says(message, name, str(dtype))
 
 
-@pytest.mark.parametrize("call, name", [pair for pair in EACH_TENSOR if pair[0] != "flatten_sort_count"])
+@pytest.mark.parametrize(
+    "call, name", [pair for pair in EACH_TENSOR if pair[0] not in ("activate", "flatten_sort_count")]
+)
 def test_different_devices(calls, fail, call, name):
     tensor = calls[call][1][name].to("meta")
     message = fail(call, {name: tensor}, ValueError)
@@ -223,6 +227,7 @@ WRONG = [
         (call, name, lambda _, value=value: value, TypeError, "bool", repr(value))
         for call, names in (
             ("moe_mlp", ("is_transposed", "is_concatenated", "has_gate", "expert_parallel")),
+            ("activate", ("has_gate", "is_concatenated")),
             ("parallel_linear", ("grouped_in", "grouped_out")),
             ("parallel_linear_lora", ("grouped_in", "grouped_out")),
         )
@@ -242,6 +247,10 @@ WRONG = [
     ("moe_mlp", "activation", lambda _: ["silu"], ValueError, "silu"),
     ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, 7.0)", ValueError, "clamped_glu(alpha, limit, shift)"),
     ("moe_mlp", "activation", lambda _: "clamped_glu(a, b, c)", ValueError, "clamped_glu(alpha, limit, shift)"),
+    # activate
+    ("activate", "h", lambda x: x[:, 1:], ValueError, "even", str((S, 2 * I - 1))),
+    ("activate", "activation", lambda _: "swish", ValueError, "silu", "'swish'"),
+    ("activate", "activation", lambda _: torch.tanh, ValueError, "silu", "tanh"),
     # parallel_linear; the lines with lora are parallel_linear_lora's
     ("parallel_linear", "inputs", lambda x: x[1:], ValueError, "[S / k, in]", "5 rows", "k = 2", "S = 12"),
     ("parallel_linear", "inputs", lambda x: x[:, 1:], ValueError, "expert_weights", "in = 11", str((E, H, I))),

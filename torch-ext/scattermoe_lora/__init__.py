@@ -1,6 +1,7 @@
 """ScatterMoE with LoRA fused into the grouped products: fast, lean fine-tuning of mixture-of-experts models."""
 
 from . import kernels, layers, reference
+from .activation import activate
 from .integrations.kernelize import Report, kernelize, register, unkernelize
 from .layers.mapping import kernel_mapping
 from .moe_mlp import moe_mlp
@@ -12,6 +13,7 @@ __all__ = [
     "ExpertLoRA",
     "ParallelExperts",
     "Report",
+    "activate",
     "flatten_sort_count",
     "kernel_mapping",
     "kernelize",

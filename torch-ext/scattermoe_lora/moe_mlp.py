@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .activation import activate_rows, fused_names, is_fused
 from .checks import FLOATS, INTEGERS, Arguments, probability
 from .parallel_linear import expert_linear, flatten_sort_count
-from .reference import ACTIVATIONS, DROPPED_ACTIVATION, DROPPED_INPUT, activate, clamped_glu_parameters
+from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import ExpertLoRA
 
 
@@ -103,14 +104,13 @@ def moe_mlp(
             raise args.fail("dropout_seed", "of one element", f"shape {tuple(dropout_seed.shape)}")
     args.expert_ids("top_k_index", top_k_index, args.size("E"), allow_sentinels=expert_parallel)
 
-    if not callable(activation) and not _is_fused(activation, has_gate):
-        names = ", ".join([*ACTIVATIONS, *(["clamped_glu(alpha, limit, shift)"] if has_gate else [])])
-        raise args.fail("activation", f"a function or one of {names}", repr(activation))
+    if not callable(activation) and not is_fused(activation, has_gate):
+        raise args.fail("activation", f"a function or one of {fused_names(has_gate)}", repr(activation))
     if expert_norm is not None and not callable(expert_norm):
         raise TypeError(f"moe_mlp: expert_norm must be a function or None, got {type(expert_norm).__name__}")
     if expert_norm is not None and not callable(activation):
         activation = functools.partial(
-            activate, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated
+            activate_rows, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated
         )
     if lora_dropout == 0.0 or (gate_up_lora is None and down_lora is None):
         lora_dropout, dropout_seed = 0.0, None
@@ -158,17 +158,6 @@ def moe_mlp(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _MoeMlp.apply(flags, top_k_index, dropout_seed, *tensors)
     return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, [])[0]
-
-
-def _is_fused(activation: object, has_gate: bool) -> bool:
-    if not isinstance(activation, str):
-        return False
-    if activation in ACTIVATIONS:
-        return True
-    try:
-        return has_gate and clamped_glu_parameters(activation) is not None
-    except ValueError:
-        return False
 
 
 class _MoeMlp(torch.autograd.Function):

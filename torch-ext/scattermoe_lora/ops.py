@@ -585,6 +585,50 @@ def _(x, seed, p, stream, rows):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _activate(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """See `reference.activated`."""
+    options = (activation, has_gate, is_concatenated)
+    return backend.of(h).replay(_activate_body, (h.contiguous(),), options)[0]
+
+
+def _activate_body(
+    run: ModuleType, h: Tensor, activation: str, has_gate: bool, is_concatenated: bool
+) -> List[Optional[Tensor]]:
+    return [run.activated(h, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)]
+
+
+torch.library.define(add_op_namespace_prefix("activate"), infer_schema(_activate, mutates_args=()))
+torch.library.impl(add_op_namespace_prefix("activate"), "CompositeExplicitAutograd", _activate)
+activate = ops.activate.default
+
+
+@torch.library.register_fake(add_op_namespace_prefix("activate"))
+def _(h, activation, has_gate, is_concatenated):
+    return h.new_empty(h.shape[0], h.shape[1] // 2 if has_gate else h.shape[1])
+
+
+def _activate_backward(da: Tensor, h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """See `reference.activated_grad`."""
+    options = (activation, has_gate, is_concatenated)
+    return backend.of(h).replay(_activate_backward_body, (da.contiguous(), h), options)[0]
+
+
+def _activate_backward_body(
+    run: ModuleType, da: Tensor, h: Tensor, activation: str, has_gate: bool, is_concatenated: bool
+) -> List[Optional[Tensor]]:
+    return [run.activated_grad(da, h, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)]
+
+
+torch.library.define(add_op_namespace_prefix("activate_backward"), infer_schema(_activate_backward, mutates_args=()))
+torch.library.impl(add_op_namespace_prefix("activate_backward"), "CompositeExplicitAutograd", _activate_backward)
+activate_backward = ops.activate_backward.default
+
+
+@torch.library.register_fake(add_op_namespace_prefix("activate_backward"))
+def _(da, h, activation, has_gate, is_concatenated):
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
 def _parallel_linear_forward(
     inputs: Tensor,
     expert_weights: Tensor,

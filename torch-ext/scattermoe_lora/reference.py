@@ -386,8 +386,30 @@ def grouped_gemm_act(
     ``weight [E, K, 2I]``, or ``[E, K, I]`` without a gate, gives ``h [S, 2I or I]`` and ``a [S, I]``.
     """
     h = grouped_gemm(x, weight, routing, x_fan_out=x_fan_out, z=z, expand=expand, bias=bias)
-    a = activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
+    a = activated(h, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)
     return h if save else None, a
+
+
+def activated(h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """``a [S, I] = act(gate) * up`` of ``h [S, 2I]``, or ``act(h)`` of ``h [S, I]``, computed in float32."""
+    return activate(h.to(_acc_dtype(h.dtype)), activation, has_gate, is_concatenated).to(h.dtype)
+
+
+def activated_grad(da: Tensor, h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """``dh [S, 2I or I]`` of `activated`, from ``da [S, I]``."""
+    rows = torch.arange(h.shape[0], device=h.device)
+    every_row = Routing(rows, rows.new_tensor([h.shape[0]]), rows.new_empty(0, 4), max(1, h.shape[0]))
+    dh, _ = act_grad(
+        da,
+        h,
+        every_row,
+        h_fan_out=0,
+        row_weights=da.new_ones(h.shape[0]),
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+    )
+    return dh
 
 
 def act_grad(

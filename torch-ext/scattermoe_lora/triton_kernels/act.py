@@ -45,12 +45,14 @@ def _load_gate_up(
     return gate, up
 
 
-@triton.jit
+# Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16, as in `route`.
+@triton.jit(do_not_specialize=["num_rows"])
 def _act_kernel(
     h_ptr,
     a_ptr,
     tiles_ptr,
     scattered_ptr,
+    num_rows,
     N,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -62,15 +64,20 @@ def _act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-    tile = tl.program_id(0) // parts
-    if tile >= tl.load(tiles_ptr):
-        return
-    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
-    first_row += (tl.program_id(0) % parts) * BLOCK_M
-    if first_row >= end:
-        return
-    rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
+    """Of the experts' rows or, without a schedule, of all."""
+    if tiles_ptr is None:
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = rows < num_rows
+    else:
+        parts: tl.constexpr = SCHEDULED_M // BLOCK_M
+        tile = tl.program_id(0) // parts
+        if tile >= tl.load(tiles_ptr):
+            return
+        expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
+        first_row += (tl.program_id(0) % parts) * BLOCK_M
+        if first_row >= end:
+            return
+        rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     h_row = h_ptr + rows * (2 * N if HAS_GATE else N)
     a_row = a_ptr + rows * N
@@ -85,7 +92,7 @@ def _act_kernel(
         tl.store(a_row[:, None] + n[None, :], a, mask=mask[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _act_grad_kernel(
     g_ptr,
     h_ptr,
@@ -94,6 +101,7 @@ def _act_grad_kernel(
     dot_ptr,
     tiles_ptr,
     scattered_ptr,
+    num_rows,
     N,
     stride_hm,
     stride_hn,
@@ -112,23 +120,32 @@ def _act_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-    tile = tl.program_id(0) // parts
-    # Rows of no expert are visited where something is to be zeroed.
-    if tile >= tl.load(tiles_ptr + (1 if ZERO_TAIL or STORE_DOT else 0)):
-        return
-    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
-    first_row += (tl.program_id(0) % parts) * BLOCK_M
-    if first_row >= end:
-        return
-    rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
+    """Of the experts' rows or, without a schedule and weights, of all."""
+    if tiles_ptr is None:
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        slots = rows
+        mask = rows < num_rows
+        of_expert = mask
+        stores = mask
+        weight = tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        parts: tl.constexpr = SCHEDULED_M // BLOCK_M
+        tile = tl.program_id(0) // parts
+        # Rows of no expert are visited where something is to be zeroed.
+        if tile >= tl.load(tiles_ptr + (1 if ZERO_TAIL or STORE_DOT else 0)):
+            return
+        expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
+        first_row += (tl.program_id(0) % parts) * BLOCK_M
+        if first_row >= end:
+            return
+        rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
+        # Only experts' rows are read: others hold nothing.
+        has_expert = tile < tl.load(tiles_ptr)
+        of_expert = rows < tl.where(has_expert, end, 0)
+        of_expert &= mask
+        stores = mask if ZERO_TAIL else of_expert
+        weight = tl.load(row_weights_ptr + slots, mask=of_expert, other=0.0).to(tl.float32)
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
-    # Only experts' rows are read: others hold nothing.
-    has_expert = tile < tl.load(tiles_ptr)
-    of_expert = rows < tl.where(has_expert, end, 0)
-    of_expert &= mask
-    stores = mask if ZERO_TAIL else of_expert
-    weight = tl.load(row_weights_ptr + slots, mask=of_expert, other=0.0).to(tl.float32)
     g_row = g_ptr + rows * N
     h_row = h_ptr + operand_rows(rows, slots, H_FAN_OUT) * stride_hm
     dh_row = dh_ptr + operand_rows(rows, slots, 1 if OUT_SCATTERED else 0) * (2 * N if HAS_GATE else N)
@@ -171,22 +188,28 @@ def constants(activation: str) -> dict[str, str | float]:
     return dict(zip(("ACTIVATION", "ALPHA", "LIMIT", "SHIFT"), (name, *(parameters or (0.0, 0.0, 0.0))), strict=True))
 
 
-def _tile(h: Tensor, routing: Routing) -> tuple[int, tiles.Tile, tuple[int, int]]:
-    """Rows of a scheduled tile, the tile of a program, and the grid."""
+def _tile(h: Tensor, routing: Routing | None) -> tuple[int, tiles.Tile, tuple[int, int]]:
+    """Rows of a scheduled tile, the tile of a program, and the grid; without a routing, for all rows."""
+    if routing is None:
+        tile = tiles.act_tile(128, h.dtype, gpu(h))
+        return tile.block_m, tile, (tiles.cdiv(h.shape[0], tile.block_m), 1)
     num_slots, num_experts, scheduled_m = routing.num_slots, routing.num_experts, routing.tile_rows
     tile = tiles.act_tile(tiles.block_m(num_slots, num_experts), h.dtype, gpu(h))
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
     return scheduled_m, tile, (num_tiles * (scheduled_m // tile.block_m), 1)
 
 
-def act(h: Tensor, a: Tensor, routing: Routing, *, activation: str, has_gate: bool, is_concatenated: bool) -> None:
+def act(
+    h: Tensor, a: Tensor, routing: Routing | None, *, activation: str, has_gate: bool, is_concatenated: bool
+) -> None:
     """``a = act(h)``, both contiguous. Rows of no expert are left unwritten (and never read)."""
     scheduled_m, tile, grid = _tile(h, routing)
+    order = (None, None) if routing is None else (routing.tiles, routing.scattered_idxs)
     launch(
         _act_kernel,
         grid,
-        (h, a, routing.tiles, routing.scattered_idxs),
-        (a.shape[1],),
+        (h, a, *order),
+        tuple(a.shape),
         tile.num_warps,
         tile.num_stages,
         **constants(activation),
@@ -201,10 +224,10 @@ def act(h: Tensor, a: Tensor, routing: Routing, *, activation: str, has_gate: bo
 def act_grad(
     g: Tensor,
     h: Tensor,
-    routing: Routing,
+    routing: Routing | None,
     *,
     h_fan_out: int,
-    row_weights: Tensor,
+    row_weights: Tensor | None,
     activation: str,
     has_gate: bool,
     is_concatenated: bool,
@@ -219,12 +242,13 @@ def act_grad(
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
     if num_slots == 0:
         return dh, dot
-    scheduled_m, tile, grid = _tile(h, routing)
+    scheduled_m, tile, grid = _tile(g, routing)
+    order = (None, None) if routing is None else (routing.tiles, routing.scattered_idxs)
     launch(
         _act_grad_kernel,
         grid,
-        (g, h, row_weights, dh, dot, routing.tiles, routing.scattered_idxs),
-        (N, *h.stride()),
+        (g, h, row_weights, dh, dot, *order),
+        (num_slots, N, *h.stride()),
         tile.num_warps,
         tile.num_stages,
         **constants(activation),
@@ -240,3 +264,26 @@ def act_grad(
         BLOCK_N=tile.block_n,
     )
     return dh, dot
+
+
+def activated(h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """See `reference.activated`. ``h`` must be contiguous."""
+    a = empty(h.shape[0], h.shape[1] // 2 if has_gate else h.shape[1], dtype=h.dtype, device=h.device)
+    if a.numel():
+        act(h, a, None, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)
+    return a
+
+
+def activated_grad(da: Tensor, h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
+    """See `reference.activated_grad`. ``da`` must be contiguous."""
+    dh, _ = act_grad(
+        da,
+        h,
+        None,
+        h_fan_out=0,
+        row_weights=None,
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+    )
+    return dh
