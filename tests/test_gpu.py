@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -406,6 +408,26 @@ def small_step(kernel, seed: int):
         return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
 
     return step
+
+
+def test_a_first_backward_that_begins_with_a_product(kernel):
+    """Autograd's thread has no CUDA context yet: the gradient comes by a view, and all memory out of torch's cache."""
+    script = """
+import torch
+from kernels import get_kernel
+kernel = get_kernel("org/scattermoe-lora", version=1)
+for dtype in (torch.bfloat16, torch.float32):
+    x, up, down = (torch.randn(*s, device="cuda", dtype=dtype) for s in ((64, 256), (4, 512, 256), (4, 256, 256)))
+    index = torch.arange(128, device="cuda").view(64, 2) % 4
+    weights = torch.rand(64, 2, device="cuda", dtype=dtype)
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del cache
+    x.requires_grad_()
+    kernel.moe_mlp(x, up, down, index, weights).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_streams(kernel):

@@ -24,7 +24,7 @@ CASES = {
     "everything trains": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},
-    "pieces": {"H": 1024, "I": 16, "has_bias": True},
+    "pieces": {"H": 1024, "I": 16, "r": 16, "has_bias": True},
 }
 
 
@@ -156,7 +156,7 @@ def test_without_gradients(kernel, replay, options, inference, training):
 
     A training forward is where that makes its peak less: views of weight, B and bias.
     """
-    case = Case(**(SIZES | options))
+    case = Case(**(SIZES | {"r": 16} | options))
     with torch.no_grad():
         arguments = case.layer(kernel, torch.device("cpu"))[0]
         outputs = [kernel.moe_mlp(**arguments) for _ in range(2)]
@@ -362,3 +362,27 @@ def test_no_program_keeps_a_tensor(kernel, replay):
         gc.collect()
         assert all(reference.expired() for reference in held)
     assert len(replay._programs) == 2
+
+
+def test_each_thread_gets_a_context_once(kernel, monkeypatch):
+    """Before a descriptor is encoded in it; not while a graph is captured, where asking is enough."""
+    launch = inner(kernel, "triton_kernels.launch")
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked.append)
+    monkeypatch.setattr(launch, "ON_HIP", False)
+    device = torch.device("cuda", 0)
+
+    def twice(capturing: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        for _ in range(2):
+            launch.use_context(device)
+
+    for capturing in (False, True, False):
+        thread = threading.Thread(target=twice, args=(capturing,))
+        thread.start()
+        thread.join()
+    assert asked == [device, device]
+    thread = threading.Thread(target=launch.use_context, args=(torch.device("cpu"),))
+    thread.start()
+    thread.join()
+    assert asked == [device, device]

@@ -46,9 +46,22 @@ class Recorder(Protocol):
 
 class _Recording(threading.local):
     recorder: Recorder | None = None
+    has_context = False
 
 
 recording = _Recording()
+
+
+def use_context(device: torch.device) -> None:
+    """Gives the thread the device's CUDA context, which encoding a descriptor needs.
+
+    One of autograd's has none until something calls CUDA in it: a tensor out of torch's cache does not, nor does
+    Triton 3.6 before it launches. A backward that begins with a product, in a process whose first it is, failed.
+    """
+    if not recording.has_context:
+        if device.type == "cuda" and not ON_HIP and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.mem_get_info(device)
+        recording.has_context = True
 
 
 @functools.lru_cache(maxsize=8192)
@@ -97,6 +110,7 @@ def launch(
     if device.type == "cuda" and index != driver.active.get_current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, operands, scalars, num_warps, num_stages, **constants)
+    use_context(device)
     key.append(index)
     known = tuple(key)
     recorder = recording.recorder
