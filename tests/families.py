@@ -297,6 +297,8 @@ def compare(kernel: ModuleType, family: Family) -> Result:
     if activation == "own" or first.has_post_expert_norm:
         expected = {f"parallel_linear_{way}": 2 * len(calls) for way in ("forward", "backward")}
         expected["route"] = len(calls)
+        if activation != "own":
+            expected |= {"activate": len(calls), "activate_backward": len(calls)}
     assert dict(ran.ops) == expected, f"{dict(ran.ops)} ran, not {expected}"
     assert ran.merges == 0, "PEFT merged a weight"
 

@@ -358,6 +358,7 @@ def test_public_names(kernel):
         "ExpertLoRA",
         "ParallelExperts",
         "Report",
+        "activate",
         "flatten_sort_count",
         "kernel_mapping",
         "kernelize",
