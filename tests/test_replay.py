@@ -365,24 +365,34 @@ def test_no_program_keeps_a_tensor(kernel, replay):
 
 
 def test_each_thread_gets_a_context_once(kernel, monkeypatch):
-    """Before a descriptor is encoded in it; not while a graph is captured, where asking is enough."""
-    launch = inner(kernel, "triton_kernels.launch")
-    asked: list[object] = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", asked.append)
-    monkeypatch.setattr(launch, "ON_HIP", False)
-    device = torch.device("cuda", 0)
+    """Not while a graph is captured, where asking is enough, nor where there is no CUDA."""
+    device = inner(kernel, "triton_kernels.device")
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(threading.get_ident()))
 
-    def twice(capturing: bool) -> None:
+    def twice(initialized: bool, capturing: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
         for _ in range(2):
-            launch.use_context(device)
+            device.use_context()
 
-    for capturing in (False, True, False):
-        thread = threading.Thread(target=twice, args=(capturing,))
+    for given, calls in (((True, False), 1), ((True, True), 1), ((False, False), 1), ((True, False), 2)):
+        thread = threading.Thread(target=twice, args=given)
         thread.start()
         thread.join()
-    assert asked == [device, device]
-    thread = threading.Thread(target=launch.use_context, args=(torch.device("cpu"),))
-    thread.start()
-    thread.join()
-    assert asked == [device, device]
+        assert len(asked) == calls
+
+
+def test_a_context_is_there_before_a_descriptor_is_encoded(kernel, replay, monkeypatch):
+    """Where a launch is recorded, and where it is replayed at other addresses."""
+    asked = []
+    for name in ("launch", "starter"):
+        monkeypatch.setattr(
+            inner(kernel, f"triton_kernels.{name}"), "use_context", lambda name=name: asked.append(name)
+        )
+    case = Case(**SIZES)
+    case.check(kernel, torch.device("cpu"))
+    assert set(asked) == {"launch"}
+    asked.clear()
+    case.check(kernel, torch.device("cpu"))
+    assert set(asked) == {"starter"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,26 @@ def _gpu(device_type: str, index: int | None) -> Gpu:
 def gpu(tensor: Tensor) -> Gpu:
     """The tensor's GPU, looked up once."""
     return _gpu(tensor.device.type, tensor.device.index)
+
+
+class _Thread(threading.local):
+    has_context = False
+
+
+_thread = _Thread()
+
+
+def use_context() -> None:
+    """Gives the thread the current device's CUDA context, which encoding a descriptor needs.
+
+    One of autograd's has none until something calls CUDA in it: a tensor out of torch's cache does not, nor does
+    Triton 3.6 before it launches. A backward that begins with a product, in a process whose first it is, failed.
+    While a graph is captured, asking whether it is is such a call.
+    """
+    if not _thread.has_context and torch.cuda.is_initialized():
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.mem_get_info()
+        _thread.has_context = True
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from .device import use_context
 from .starter import Operand
 
 _compiled: dict[tuple, Any] = {}
@@ -46,22 +47,9 @@ class Recorder(Protocol):
 
 class _Recording(threading.local):
     recorder: Recorder | None = None
-    has_context = False
 
 
 recording = _Recording()
-
-
-def use_context(device: torch.device) -> None:
-    """Gives the thread the device's CUDA context, which encoding a descriptor needs.
-
-    One of autograd's has none until something calls CUDA in it: a tensor out of torch's cache does not, nor does
-    Triton 3.6 before it launches. A backward that begins with a product, in a process whose first it is, failed.
-    """
-    if not recording.has_context:
-        if device.type == "cuda" and not ON_HIP and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.mem_get_info(device)
-        recording.has_context = True
 
 
 @functools.lru_cache(maxsize=8192)
@@ -110,10 +98,11 @@ def launch(
     if device.type == "cuda" and index != driver.active.get_current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, operands, scalars, num_warps, num_stages, **constants)
-    use_context(device)
     key.append(index)
     known = tuple(key)
     recorder = recording.recorder
+    if any(operand is not None and not isinstance(operand, Tensor) for operand in operands):
+        use_context()
     if known not in _compiled:
         names = kernel.arg_names[len(operands) + len(scalars) :]
         assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"

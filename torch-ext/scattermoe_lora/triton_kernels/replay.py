@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launch import ON_HIP, Recorder, compile_missing, recording, use_context
+from .launch import ON_HIP, Recorder, compile_missing, recording
 from .starter import Operand, starter
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
@@ -260,7 +260,6 @@ def replay(
         with torch.cuda.device(device):
             return replay(body, tensors, options, backward)
     known = tuple(key)
-    use_context(device)
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
