@@ -261,6 +261,14 @@ def time_first_call() -> None:
     print(json.dumps({"forward": times[1] - times[0], "backward": times[2] - times[1]}))
 
 
+def write(result: dict[str, Any], folder: Path, kind: str) -> None:
+    """Writes a result, which has a date and a GPU, as JSON of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['date']}-{result['gpu'].lower().replace(' ', '-')}-{kind}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -317,10 +325,7 @@ def main() -> int:
     step()
     result["launches of a step"] = launches(step)
     print(f"GPU kernels of a step (ours, T = 2048): {result['launches of a step']}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{result['date']}-{result['gpu'].lower().replace(' ', '-')}-speed.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    write(result, options.out, "speed")
     return 0
 
 

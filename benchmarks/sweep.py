@@ -12,7 +12,6 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import MODELS, Model
-from run import ROOT, Layer, floor_ms
+from run import ROOT, Layer, floor_ms, write
 
 MORE_MODELS = (
     Model("DeepSeek-V2-Lite", 64, 6, 2048, 1408),
@@ -126,10 +125,7 @@ def main() -> int:
                     f"{row.get('grouped_mm step', float('nan')):>12.3f}",
                     flush=True,
                 )
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{result['date']}-{result['gpu'].lower().replace(' ', '-')}-sweep.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    write(result, options.out, "sweep")
     return 0
 
 

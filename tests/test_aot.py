@@ -22,7 +22,7 @@ CASES = [
     ("sm_90", Case("transposed", 16, "float16", 64)),
     ("sm_90", Case("halves", 16, "float16", 64)),
     ("sm_90", Case("gated", 8, "bfloat16", 64)),
-    ("sm_90", Case("gated", 16, "float32", 16)),
+    *(("sm_90", Case("gated", rows, "float32", 16)) for rows in (16, 128)),
     ("sm_90", Case("crowd", 16, "bfloat16", 16)),
     *((family, Case("dropped", 16, "bfloat16", 16)) for family in ("sm_90", "gfx942")),
     ("sm_100", Case("ungated", 64, "float16", 64)),
