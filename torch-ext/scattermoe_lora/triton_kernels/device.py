@@ -1,4 +1,4 @@
-"""What the launchers ask of a device: its architecture, shared memory and processors."""
+"""What the launchers ask of a device: its architecture, shared memory and processors, and its context for a thread."""
 
 from __future__ import annotations
 
