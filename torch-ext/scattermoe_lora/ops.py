@@ -415,9 +415,6 @@ def _backward_body(
             update = run.grouped_gemm(u_down, A_down, routing, x_fan_out=0)
             _drop_activation(run, update, seed, lora_dropout, routing, out=a)
             del update
-        dot_dtype = weights.dtype
-        if bias_of_dot is not None:  # more is to be added
-            dot_dtype = torch.promote_types(dot_dtype, torch.float32)
         dh, grads[9] = run.act_grad(
             a,  # the gradient of a until now, from here on a times the routing weights
             h,
@@ -428,7 +425,7 @@ def _backward_body(
             has_gate=has_gate,
             is_concatenated=is_concatenated,
             save_a=need_a,
-            dot_dtype=dot_dtype if need_weights else None,
+            dot_dtype=_dot_dtype(weights, bias_of_dot) if need_weights else None,
         )
         if bias_of_dot is not None:
             grads[10] = _bias_dot(run, dout, bias_of_dot, routing, fan_out)
@@ -508,6 +505,11 @@ def _rank_products(
 def _bias_dot(run: ModuleType, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
     """``<dout, bias[e]>`` of each slot, scattered ``[S, 1]``: what the bias adds to a routing weight's gradient."""
     return run.shrink(dout, bias[:, :, None], routing, x_fan_out=fan_out, scale=1.0, out_scattered=True)
+
+
+def _dot_dtype(weights: Tensor, bias: Optional[Tensor]) -> torch.dtype:
+    """What the gradient of routing weights is written in: more precisely where a bias adds to it."""
+    return weights.dtype if bias is None else torch.promote_types(weights.dtype, torch.float32)
 
 
 def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> Tensor:
@@ -835,7 +837,7 @@ def _linear_backward_body(
                 activation="identity",
                 has_gate=False,
                 is_concatenated=True,
-                dot_dtype=torch.promote_types(gates.dtype, torch.float32) if need_gates else None,
+                dot_dtype=_dot_dtype(gates, bias_of_dot) if need_gates else None,
                 out_scattered=not grouped_in,
                 zero_tail=True,
             )

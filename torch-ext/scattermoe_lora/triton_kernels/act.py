@@ -21,7 +21,7 @@ from ..types import Routing
 from . import activations
 from .device import gpu
 from .launch import empty, launch
-from .rows import operand_rows, tile_entry, tile_rows
+from .rows import operand_rows, scheduled_part, tile_rows
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _act_kernel(
     SHIFT: tl.constexpr,
     HAS_GATE: tl.constexpr,
     CONCATENATED: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -69,13 +69,9 @@ def _act_kernel(
         rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = rows < num_rows
     else:
-        parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-        tile = tl.program_id(0) // parts
-        if tile >= tl.load(tiles_ptr):
-            return
-        expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
-        first_row += (tl.program_id(0) % parts) * BLOCK_M
-        if first_row >= end:
+        part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
+        _, first_row, end, has_rows, has_expert = part
+        if not (has_rows & has_expert):
             return
         rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
@@ -116,7 +112,7 @@ def _act_grad_kernel(
     ZERO_TAIL: tl.constexpr,
     SAVE_A: tl.constexpr,
     STORE_DOT: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -129,18 +125,13 @@ def _act_grad_kernel(
         stores = mask
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
-        parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-        tile = tl.program_id(0) // parts
+        part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
+        _, first_row, end, has_rows, has_expert = part
         # Rows of no expert are visited where something is to be zeroed.
-        if tile >= tl.load(tiles_ptr + (1 if ZERO_TAIL or STORE_DOT else 0)):
-            return
-        expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
-        first_row += (tl.program_id(0) % parts) * BLOCK_M
-        if first_row >= end:
+        if not (has_rows & (has_expert | ZERO_TAIL | STORE_DOT)):
             return
         rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
         # Only experts' rows are read: others hold nothing.
-        has_expert = tile < tl.load(tiles_ptr)
         of_expert = rows < tl.where(has_expert, end, 0)
         of_expert &= mask
         stores = mask if ZERO_TAIL else of_expert
@@ -193,17 +184,17 @@ def _tile(h: Tensor, routing: Routing | None) -> tuple[int, tiles.Tile, tuple[in
     if routing is None:
         tile = tiles.act_tile(128, h.dtype, gpu(h))
         return tile.block_m, tile, (tiles.cdiv(h.shape[0], tile.block_m), 1)
-    num_slots, num_experts, scheduled_m = routing.num_slots, routing.num_experts, routing.tile_rows
+    num_slots, num_experts, rows_of_tile = routing.num_slots, routing.num_experts, routing.tile_rows
     tile = tiles.act_tile(tiles.block_m(num_slots, num_experts), h.dtype, gpu(h))
-    num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
-    return scheduled_m, tile, (num_tiles * (scheduled_m // tile.block_m), 1)
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, rows_of_tile)
+    return rows_of_tile, tile, (num_tiles * (rows_of_tile // tile.block_m), 1)
 
 
 def act(
     h: Tensor, a: Tensor, routing: Routing | None, *, activation: str, has_gate: bool, is_concatenated: bool
 ) -> None:
     """``a = act(h)``, both contiguous. Rows of no expert are left unwritten (and never read)."""
-    scheduled_m, tile, grid = _tile(h, routing)
+    rows_of_tile, tile, grid = _tile(h, routing)
     order = (None, None) if routing is None else (routing.tiles, routing.scattered_idxs)
     launch(
         _act_kernel,
@@ -215,7 +206,7 @@ def act(
         **constants(activation),
         HAS_GATE=has_gate,
         CONCATENATED=is_concatenated,
-        SCHEDULED_M=scheduled_m,
+        TILE_ROWS=rows_of_tile,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
@@ -242,7 +233,7 @@ def act_grad(
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
     if num_slots == 0:
         return dh, dot
-    scheduled_m, tile, grid = _tile(g, routing)
+    rows_of_tile, tile, grid = _tile(g, routing)
     order = (None, None) if routing is None else (routing.tiles, routing.scattered_idxs)
     launch(
         _act_grad_kernel,
@@ -259,7 +250,7 @@ def act_grad(
         ZERO_TAIL=zero_tail,
         SAVE_A=save_a,
         STORE_DOT=dot is not None,
-        SCHEDULED_M=scheduled_m,
+        TILE_ROWS=rows_of_tile,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )

@@ -19,6 +19,22 @@ def tile_entry(tiles_ptr, tile):
 
 
 @triton.jit
+def scheduled_part(tiles_ptr, program, TILE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``(expert, first row, end of its rows, whether there are any, whether an expert's)`` of BLOCK_M rows of a tile.
+
+    For kernels that want more programs than a product has tiles, and fewer rows each.
+    """
+    parts: tl.constexpr = TILE_ROWS // BLOCK_M
+    tile = program // parts
+    scheduled = tile < tl.load(tiles_ptr + 1)
+    entry = tiles_ptr + 4 + tile * 4
+    expert = tl.load(entry, mask=scheduled, other=0)
+    first_row = tl.load(entry + 1, mask=scheduled, other=0) + program % parts * BLOCK_M
+    end = tl.load(entry + 2, mask=scheduled, other=0)
+    return expert, first_row, end, scheduled & (first_row < end), tile < tl.load(tiles_ptr)
+
+
+@triton.jit
 def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """``(expert, first row, end of the expert's rows, column tile)`` of a product's tile.
 

@@ -10,7 +10,7 @@ from .. import tiles
 from ..types import Routing
 from .device import gpu
 from .launch import call, empty, launch
-from .rows import operand_rows, tile_entry, tile_rows
+from .rows import operand_rows, scheduled_part, tile_rows
 
 
 @triton.jit
@@ -33,19 +33,14 @@ def _shrink_kernel(
     X_FAN_OUT: tl.constexpr,
     OUT_SCATTERED: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # A scheduled tile may be cut into several programs: this product wants more of them, and fewer rows each.
-    parts: tl.constexpr = SCHEDULED_M // BLOCK_M
-    tile = tl.program_id(0) // parts
-    if tile >= tl.load(tiles_ptr):
-        return
-    expert, first_row, end, _ = tile_entry(tiles_ptr, tile)
-    first_row += (tl.program_id(0) % parts) * BLOCK_M
-    if first_row >= end:
+    part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
+    expert, first_row, end, has_rows, of_expert = part
+    if not (has_rows & of_expert):
         return
     rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = factor_ptr.dtype.element_ty
@@ -87,10 +82,9 @@ def shrink(
         return out
     if out_scattered:
         call(Tensor.zero_, out)
-    scheduled_m = routing.tile_rows
     tile = tiles.shrink_tile(tiles.block_m(num_slots, num_experts), R, factor.dtype, gpu(x))
-    num_tiles = tiles.num_row_tiles(num_slots, num_experts, scheduled_m)
-    grid = (num_tiles * (scheduled_m // tile.block_m), tiles.cdiv(R, tile.block_n))
+    num_tiles = tiles.num_row_tiles(num_slots, num_experts, routing.tile_rows)
+    grid = (num_tiles * (routing.tile_rows // tile.block_m), tiles.cdiv(R, tile.block_n))
     launch(
         _shrink_kernel,
         grid,
@@ -101,7 +95,7 @@ def shrink(
         X_FAN_OUT=x_fan_out,
         OUT_SCATTERED=out_scattered,
         WEIGHTED=weighted is not None,
-        SCHEDULED_M=scheduled_m,
+        TILE_ROWS=routing.tile_rows,
         BLOCK_M=tile.block_m,
         BLOCK_R=tile.block_n,
         BLOCK_K=tile.block_k,
