@@ -365,7 +365,7 @@ def test_no_program_keeps_a_tensor(kernel, replay):
 
 
 def test_each_thread_gets_a_context_once(kernel, monkeypatch):
-    """Not while a graph is captured, where asking is enough, nor where there is no CUDA."""
+    """Not while a graph is captured, nor where there is no CUDA."""
     device = inner(kernel, "triton_kernels.device")
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(threading.get_ident()))
@@ -383,16 +383,23 @@ def test_each_thread_gets_a_context_once(kernel, monkeypatch):
         assert len(asked) == calls
 
 
-def test_a_context_is_there_before_a_descriptor_is_encoded(kernel, replay, monkeypatch):
-    """Where a launch is recorded, and where it is replayed at other addresses."""
-    asked = []
-    for name in ("launch", "starter"):
-        monkeypatch.setattr(
-            inner(kernel, f"triton_kernels.{name}"), "use_context", lambda name=name: asked.append(name)
-        )
+def test_a_context_is_there_before_an_op_begins(kernel, replay, monkeypatch):
+    """Before its forward and before its backward, which autograd's thread computes; recorded, then replayed."""
+    happened: list[str] = []
+
+    def told(function):
+        def tell(*args):
+            happened.append("work")
+            return function(*args)
+
+        return tell
+
+    monkeypatch.setattr(replay, "use_context", lambda: happened.append("context"))
+    monkeypatch.setattr(replay, "_record", told(replay._record))
+    monkeypatch.setattr(replay._Program, "run", told(replay._Program.run))
     case = Case(**SIZES)
     case.check(kernel, torch.device("cpu"))
-    assert set(asked) == {"launch"}
-    asked.clear()
+    assert happened[0] == "context" and happened.count("context") == 2 and happened[-1] == "work"
+    happened.clear()
     case.check(kernel, torch.device("cpu"))
-    assert set(asked) == {"starter"}
+    assert happened == ["context", "work"] * 2

@@ -20,7 +20,6 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from .device import use_context
 from .starter import Operand
 
 _compiled: dict[tuple, Any] = {}
@@ -101,8 +100,6 @@ def launch(
     key.append(index)
     known = tuple(key)
     recorder = recording.recorder
-    if any(operand is not None and not isinstance(operand, Tensor) for operand in operands):
-        use_context()
     if known not in _compiled:
         names = kernel.arg_names[len(operands) + len(scalars) :]
         assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"

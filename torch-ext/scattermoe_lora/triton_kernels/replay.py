@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from .device import use_context
 from .launch import ON_HIP, Recorder, compile_missing, recording
 from .starter import Operand, starter
 
@@ -235,6 +236,7 @@ def replay(
         return body(triton_kernels, *tensors, *options)
     if recording.recorder is not None:  # a backward whose forward has kernels to compile
         return _record(body, tensors, options, recording.recorder.missing)[1]
+    use_context()
     device = first.device
     index = device.index
     pointers: list[int | None] = [None]

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .device import KNOWN_TRITON, TRITON, use_context
+from .device import KNOWN_TRITON, TRITON
 
 # A descriptor is Triton's or Gluon's, which have the same fields and, in Gluon's, a layout.
 Operand: TypeAlias = Tensor | TensorDescriptor | None
@@ -46,7 +46,6 @@ class _Descriptor:
         self.fields = {name: value for name, value in recorded.__dict__.items() if name != "base"}
 
     def at(self, pointer: int | None) -> Any:
-        use_context()  # it will be encoded
         descriptor: Any = object.__new__(self.kind)
         descriptor.__dict__.update(self.fields)
         descriptor.base = _Address(pointer)
