@@ -603,7 +603,7 @@ assert experts.weight.grad.abs().sum() > 0
 
 backend = importlib.import_module(f"{kernel.__name__}.backend")
 try:
-    backend.of(SimpleNamespace(device=torch.device("cuda")))
+    backend.of(SimpleNamespace(device=torch.device("cuda"), is_cpu=False))
 except RuntimeError as error:
     print(error)
 try:
@@ -629,7 +629,7 @@ import triton
 triton.__version__ = "3.5.1"
 backend = importlib.import_module(f"{kernel.__name__}.backend")
 try:
-    backend.of(SimpleNamespace(device=torch.device("cuda")))
+    backend.of(SimpleNamespace(device=torch.device("cuda"), is_cpu=False))
 except RuntimeError as error:
     print(error)
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from conftest import inner
 from numerics import BOUNDS, Case, assert_close, random_routing
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 every_device = pytest.mark.every_device
 
@@ -185,6 +187,48 @@ def test_each_gradient_alone(kernel, device, layout):
         assert torch.equal(alone[f"d {name}"], every[f"d {name}"]), name
     case.frozen = tuple(case.tensors)
     assert torch.equal(case.run(kernel, device)["output"], every["output"]), "without autograd: the same bits"
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("r", [0, 4], ids=["base", "lora"])
+def test_checkpointed(kernel, device, r, use_reentrant):
+    """What is saved is asked for once: without reentrance, torch refuses a second time."""
+    case = Linear(23, 2, 5, r, 40, 25, torch.float32, "gates bias")
+    function = kernel.parallel_linear_lora if r else kernel.parallel_linear
+
+    def checkpointed(inputs, **arguments):
+        return checkpoint(lambda x: function(x, **arguments), inputs, use_reentrant=use_reentrant)
+
+    again = SimpleNamespace(
+        flatten_sort_count=kernel.flatten_sort_count, parallel_linear=checkpointed, parallel_linear_lora=checkpointed
+    )
+    got, want = case.run(again, device), case.run(kernel, device)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_with_a_function_for_activation(kernel, device, use_reentrant):
+    case = Case(23, 40, 24, 5, 2, 4, dtype=torch.float32)
+
+    def function(**arguments):
+        return kernel.moe_mlp(**arguments | {"activation": lambda h: F.silu(h[:, :24]) * h[:, 24:]})
+
+    def checkpointed(hidden_states, **arguments):
+        return checkpoint(lambda x: function(hidden_states=x, **arguments), hidden_states, use_reentrant=use_reentrant)
+
+    got, want = (case.run(kernel, layer, device, reference=False) for layer in (checkpointed, function))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_autograd_sees_the_factors_themselves(kernel, device):
+    """No view of them that it would have to undo: two linears have six of its nodes less."""
+    case = Linear(23, 2, 5, 4, 40, 25, torch.float32)
+    x = {name: tensor.to(device, torch.float32).requires_grad_() for name, tensor in case.tensors.items()}
+    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+    routing = dict(zip(names, kernel.flatten_sort_count(case.ids.to(device), 5), strict=True))
+    out = kernel.parallel_linear_lora(**x, **routing, k=2)
+    leaves = [getattr(node, "variable", None) for node, _ in out.grad_fn.next_functions if node is not None]
+    assert all(any(leaf is tensor for leaf in leaves) for tensor in x.values())
 
 
 @every_device

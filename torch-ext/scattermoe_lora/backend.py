@@ -19,21 +19,21 @@ OLDEST_TRITON = "3.6"
 
 def of(tensor: Tensor) -> ModuleType:
     """The module of a device: ``route``, ``schedule``, ``shrink``, ``grouped_gemm``, ``gram``, ``combine``, ..."""
-    return reference if tensor.device.type == "cpu" else _triton_kernels(tensor.device.type)
+    return reference if tensor.is_cpu else _triton_kernels(tensor.device)
 
 
 @functools.cache
-def _triton_kernels(device_type: str) -> ModuleType:
+def _triton_kernels(device: torch.device) -> ModuleType:
     try:
         import triton
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"scattermoe-lora needs the package triton for tensors on {device_type}; install triton or use the CPU"
+            f"scattermoe-lora needs the package triton for tensors on {device.type}; install triton or use the CPU"
         ) from error
     major, minor = triton.__version__.split(".")[:2]
     if (int(major), int(minor)) < tuple(map(int, OLDEST_TRITON.split("."))):
         raise RuntimeError(
-            f"scattermoe-lora needs triton {OLDEST_TRITON} or newer for tensors on {device_type}, and this is "
+            f"scattermoe-lora needs triton {OLDEST_TRITON} or newer for tensors on {device.type}, and this is "
             f"{triton.__version__}; install a newer torch, which brings its own, or use the CPU"
         )
     from . import triton_kernels
@@ -65,7 +65,11 @@ def scheduled(
 
 def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:
     """Indices as the kernels read them, densely, and multiply them into addresses that pass 2**31."""
-    return tuple(index.to(torch.int64).contiguous() for index in indices)
+    # Asked first, as a conversion of nothing takes longer than both answers.
+    return tuple(
+        index if index.dtype is torch.int64 and index.is_contiguous() else index.to(torch.int64).contiguous()
+        for index in indices
+    )
 
 
 def fake_rank_product(like: Tensor, A: Tensor | None, num_slots: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import ExpertLoRA
+from .types import ExpertLoRA, by_expert, check_scaling
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -22,7 +22,7 @@ def probability(function: str, name: str, value: object) -> float:
 
 def _values_are_at_hand(tensor: Tensor) -> bool:
     """Whether a look at a tensor's values costs no device sync and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 class Arguments:
@@ -80,24 +80,32 @@ class Arguments:
         self.tensor(f"{name}.A", lora.A, ("E", f"{name} rank", in_symbol), FLOATS)
         self.tensor(f"{name}.B", lora.B, ("E", out_symbol, f"{name} rank"), FLOATS)
 
-    def expert_major(
-        self, lora_A: Tensor, lora_B: Tensor, scaling: float, in_symbol: str, out_symbol: str
-    ) -> ExpertLoRA:
-        """Checks expert-major factors, ``lora_A [E * r, in]``, ``lora_B [out, E * r]``, and views them by expert."""
-        self.tensor("lora_A", lora_A, ("E * r", in_symbol), FLOATS)
-        self.tensor("lora_B", lora_B, (out_symbol, "E * r"), FLOATS)
-        return ExpertLoRA.from_expert_major(lora_A, lora_B, self.size("E"), scaling)
-
-    def optional_expert_major(
-        self, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, in_symbol: str, out_symbol: str
-    ) -> ExpertLoRA | None:
-        """The same of factors that may be left out, both or neither."""
-        if lora_A is None and lora_B is None:
-            return None
-        if lora_A is None or lora_B is None:
+    def has_lora(self, lora_A: object, lora_B: object) -> bool:
+        """Whether factors that may be left out are there; both or neither must be."""
+        if (lora_A is None) != (lora_B is None):
             missing = "lora_A" if lora_A is None else "lora_B"
             raise ValueError(f"{self.function}: lora_A and lora_B must be given both or neither; {missing} is None")
-        return self.expert_major(lora_A, lora_B, scaling, in_symbol, out_symbol)
+        return lora_A is not None
+
+    def factors(
+        self, lora_A: object, lora_B: object, scaling: float, in_symbol: str, out_symbol: str
+    ) -> tuple[Tensor, Tensor]:
+        """Checks expert-major factors, ``lora_A [E * r, in]``, ``lora_B [out, E * r]``."""
+        A = self.tensor("lora_A", lora_A, ("E * r", in_symbol), FLOATS)
+        B = self.tensor("lora_B", lora_B, (out_symbol, "E * r"), FLOATS)
+        width, num_experts = self.size("E * r"), self.size("E")
+        if width == 0 or width % num_experts:
+            must = f"[E * r, {in_symbol}] with E * r a positive multiple of E = {num_experts}"
+            raise self.fail("lora_A", must, f"shape {tuple(A.shape)}")
+        check_scaling(self.function, scaling)
+        return A, B
+
+    def expert_major(
+        self, lora_A: object, lora_B: object, scaling: float, in_symbol: str, out_symbol: str
+    ) -> ExpertLoRA:
+        """The same, viewed by expert."""
+        factors = self.factors(lora_A, lora_B, scaling, in_symbol, out_symbol)
+        return ExpertLoRA(*by_expert(*factors, self.size("E")), scaling)
 
     def count(self, name: str, value: object) -> int:
         """Checks a count: an int of at least 1."""

@@ -59,7 +59,7 @@ def scatter2scatter_lora(
     _check(args, "X", sorted_expert_idxs, sorted_scattered_idxs, k, x_grouped, out, "N", X.dtype)
     if b is not None:
         args.tensor("b", b, ("E", "N"), FLOATS)
-    lora = args.optional_expert_major(lora_A, lora_B, scaling, "K", "N")
+    lora = args.expert_major(lora_A, lora_B, scaling, "K", "N") if args.has_lora(lora_A, lora_B) else None
     return _gemm(X, W, sorted_expert_idxs, sorted_scattered_idxs, k, lora, b, x_grouped, y_grouped, out)
 
 

@@ -56,7 +56,8 @@ class ExpertLoRA:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, factor in (("A", self.A), ("B", self.B)):
+        A, B, scaling = self.A, self.B, self.scaling
+        for name, factor in (("A", A), ("B", B)):
             if not isinstance(factor, Tensor):
                 raise TypeError(f"ExpertLoRA: {name} must be a tensor, got {type(factor).__name__}")
             if not factor.is_floating_point():
@@ -64,19 +65,17 @@ class ExpertLoRA:
             if factor.dim() != 3:
                 shape = "[E, r, in]" if name == "A" else "[E, out, r]"
                 raise ValueError(f"ExpertLoRA: {name} must be {shape}, got shape {tuple(factor.shape)}")
-        if isinstance(self.scaling, bool) or not isinstance(self.scaling, (int, float)):
-            raise TypeError(f"ExpertLoRA: scaling must be a float, got {self.scaling!r}")
-        if self.A.shape[0] != self.B.shape[0]:
-            raise ValueError(
-                f"ExpertLoRA: A has {self.A.shape[0]} experts and B has {self.B.shape[0]}; they must be equal"
-            )
-        if self.A.shape[1] != self.B.shape[2] or self.A.shape[1] == 0:
+        check_scaling("ExpertLoRA", scaling)
+        (experts, rank, _), (experts_of_B, _, rank_of_B) = A.shape, B.shape
+        if experts != experts_of_B:
+            raise ValueError(f"ExpertLoRA: A has {experts} experts and B has {experts_of_B}; they must be equal")
+        if rank != rank_of_B or rank == 0:
             raise ValueError(
                 "ExpertLoRA: the rank of A [E, r, in] and B [E, out, r] must be equal and positive, "
-                f"got {self.A.shape[1]} and {self.B.shape[2]}"
+                f"got {rank} and {rank_of_B}"
             )
-        if self.A.device != self.B.device:
-            raise ValueError(f"ExpertLoRA: A and B must be on one device, got {self.A.device} and {self.B.device}")
+        if A.device != B.device:
+            raise ValueError(f"ExpertLoRA: A and B must be on one device, got {A.device} and {B.device}")
 
     @property
     def num_experts(self) -> int:
@@ -104,12 +103,16 @@ class ExpertLoRA:
             num_experts: ``E``.
             scaling: PEFT's ``scaling[adapter]``.
         """
-        return cls(*_split_factors(lora_A, lora_B, num_experts, expert_fastest_in_B=True), scaling=scaling)
+        _check_factors(lora_A, lora_B, num_experts)
+        rank = lora_A.shape[0] // num_experts
+        A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
+        return cls(A, lora_B.reshape(lora_B.shape[0], rank, num_experts).permute(2, 0, 1), scaling)
 
     @classmethod
     def from_expert_major(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
         """Views of ScatterMoE-LoRA's factors: ``lora_A [E * r, in]``, ``lora_B [out, E * r]``, expert-major both."""
-        return cls(*_split_factors(lora_A, lora_B, num_experts, expert_fastest_in_B=False), scaling=scaling)
+        _check_factors(lora_A, lora_B, num_experts)
+        return cls(*by_expert(lora_A, lora_B, num_experts), scaling)
 
     def to_peft(self) -> tuple[Tensor, Tensor]:
         """``(lora_A [E * r, in], lora_B [out, r * E])`` in PEFT's layout; views of what ``from_peft`` was given."""
@@ -118,9 +121,21 @@ class ExpertLoRA:
         return lora_A, lora_B
 
 
-def _split_factors(
-    lora_A: Tensor, lora_B: Tensor, num_experts: int, expert_fastest_in_B: bool
-) -> tuple[Tensor, Tensor]:
+def by_expert(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """``A [E, r, in]`` and ``B [E, out, r]`` of expert-major factors, taken as checked; views."""
+    rank = lora_A.shape[0] // num_experts
+    A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
+    return A, lora_B.reshape(lora_B.shape[0], num_experts, rank).permute(1, 0, 2)
+
+
+def check_scaling(function: str, scaling: object) -> None:
+    """Raises if it is not a number."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{function}: scaling must be a float, got {scaling!r}")
+
+
+def _check_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> None:
+    """Raises if they are no two factors of a stack."""
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(factor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
@@ -141,8 +156,3 @@ def _split_factors(
             f"lora_A [E * r, in] and lora_B [out, E * r] must share E * r, a positive multiple of E = {num_experts}; "
             f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
         )
-    rank, out_features = width // num_experts, lora_B.shape[0]
-    A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
-    if expert_fastest_in_B:
-        return A, lora_B.reshape(out_features, rank, num_experts).permute(2, 0, 1)
-    return A, lora_B.reshape(out_features, num_experts, rank).permute(1, 0, 2)

@@ -53,7 +53,7 @@ def use_context() -> None:
 
     One of autograd's has none until something asks for it. Without it Triton 3.6 encodes no descriptor ("invalid
     device context"), so a backward that began with a product failed, and a tensor out of torch's cache takes 8 us for
-    2, on another H200's host 16.
+    2, on another H200's host 16. What launches outside of an op has used torch there before.
     """
     if not _thread.has_context and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         torch.cuda.mem_get_info()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class _Program:
 
 def can_replay(tensor: Tensor) -> bool:
     """Whether there is something to replay: on CPU tensors Triton's interpreter works, which compiles nothing."""
-    return tensor.device.type != "cpu"
+    return not tensor.is_cpu
 
 
 @contextlib.contextmanager
@@ -208,11 +209,9 @@ def _record(
     options: tuple,
     missing: dict[tuple, Callable[[], Any]] | None = None,
 ) -> tuple[_Program, list[Tensor | None]]:
-    from .. import triton_kernels
-
     recorder = _Program(tensors, missing)
     with _recorded_by(recorder):
-        return recorder, body(triton_kernels, *tensors, *options)
+        return recorder, body(sys.modules[__package__], *tensors, *options)
 
 
 def replay(
@@ -228,40 +227,28 @@ def replay(
     calls what will be replayed next: where kernels are missing it is called on results that were never written, and
     launches none of ours, so that its kernels are compiled side by side with these.
     """
-    from .. import triton_kernels
-
     first = tensors[0]
     assert first is not None
     if not can_replay(first):
-        return body(triton_kernels, *tensors, *options)
+        return body(sys.modules[__package__], *tensors, *options)
     if recording.recorder is not None:  # a backward whose forward has kernels to compile
         return _record(body, tensors, options, recording.recorder.missing)[1]
-    use_context()
     device = first.device
     index = device.index
-    pointers: list[int | None] = [None]
-    key: list[Any] = [body, index, options]
-    aligned = 0
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-            pointers.append(None)
-        else:
-            pointer = tensor.data_ptr()
-            aligned |= pointer
-            pointers.append(pointer or None)
-            key += (tensor.shape, tensor.stride(), tensor.dtype)
-            if ON_HIP:  # as in `launch`
-                key.append(tensor.untyped_storage().size() < 2**31)
-    if aligned % 16:
-        return body(triton_kernels, *tensors, *options)
-    given = [pointer for pointer in pointers if pointer]
-    if len(set(given)) < len(given):  # tensors that share an address are not told apart: they always must share it
-        key.append(tuple(map(given.index, given)))
-    if device.type == "cuda" and index != driver.active.get_current_device():
+    if first.is_cuda and index != driver.active.get_current_device():
         with torch.cuda.device(device):
             return replay(body, tensors, options, backward)
-    known = tuple(key)
+    use_context()
+    pointers: list[int | None] = [None, *[None if t is None else t.data_ptr() or None for t in tensors]]
+    given = [pointer for pointer in pointers if pointer]
+    if functools.reduce(or_, given, 0) % 16:
+        return body(sys.modules[__package__], *tensors, *options)
+    key: list[Any] = [t if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+    if ON_HIP:  # as in `launch`
+        key += [t is not None and t.untyped_storage().size() < 2**31 for t in tensors]
+    if len(set(given)) < len(given):  # tensors that share an address are not told apart: they always must share it
+        key.append(tuple(map(given.index, given)))
+    known = (body, index, options, *key)
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)

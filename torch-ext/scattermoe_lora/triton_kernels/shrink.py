@@ -39,8 +39,8 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
-    expert, first_row, end, has_rows, of_expert = part
-    if not (has_rows & of_expert):
+    expert, first_row, end, has_rows, has_expert = part
+    if not (has_rows & has_expert):
         return
     rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     dtype: tl.constexpr = factor_ptr.dtype.element_ty
