@@ -196,6 +196,24 @@ def test_different_devices(calls, fail, call, name):
     _assert_says(message, name, "meta", "cpu")
 
 
+@pytest.mark.parametrize(
+    "call", ["parallel_linear_lora", "scatter2scatter_lora", "scatter2scatter_lora_dX", "group_bwd_lora"]
+)
+@pytest.mark.parametrize("width", [0, E * r - 1])
+def test_factors_that_experts_can_not_share(calls, fail, call, width):
+    """Both of them as wide as each other, but no multiple of the experts."""
+    lora_A, lora_B = (calls[call][1][name] for name in ("lora_A", "lora_B"))
+    message = fail(call, {"lora_A": lora_A[:width], "lora_B": lora_B[:, :width]}, ValueError)
+    _assert_says(message, "lora_A", "positive multiple of E = 5", str((width, H)))
+
+
+@pytest.mark.parametrize("call", ["parallel_linear_lora", "scatter2scatter_lora"])
+def test_scaling_is_not_looked_at_without_factors(calls, call):
+    function, arguments = calls[call]
+    plain = arguments | {"lora_A": None, "lora_B": None}
+    assert torch.equal(function(**plain | {"scaling": None}), function(**plain))
+
+
 @pytest.mark.parametrize("call, name", [pair for pair in EACH_TENSOR if pair[0] in ("moe_mlp", "parallel_linear")])
 def test_not_dense(calls, fail, call, name):
     tensor = calls[call][1][name]

@@ -64,6 +64,10 @@ class Linear:
         self.order = torch.sort(self.ids.reshape(-1), stable=True).indices
         self.grad = normal(self.T if "gates" in self.layout else S, self.N)
 
+    def routing(self, kernel, device) -> dict[str, Tensor]:
+        names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+        return dict(zip(names, kernel.flatten_sort_count(self.ids.to(device), self.E), strict=True))
+
     def run(self, kernel, device, view=lambda name, leaf: leaf) -> dict[str, Tensor]:
         """Output and gradients of the kernel, which is given ``view(name, leaf)`` of each tensor."""
         leaves = {}
@@ -73,9 +77,7 @@ class Linear:
         grouped_in, grouped_out = "grouped_in" in self.layout, "grouped_out" in self.layout
         arguments = {name: view(name, leaf) for name, leaf in leaves.items()}
         arguments |= {"k": 1 if grouped_in else self.k, "grouped_in": grouped_in, "grouped_out": grouped_out}
-        names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-        routing = kernel.flatten_sort_count(self.ids.to(device), self.E)
-        arguments.update(zip(names, routing, strict=True))
+        arguments |= self.routing(kernel, device)
         if self.r:
             out = kernel.parallel_linear_lora(**arguments, scaling=self.scaling)
         else:
@@ -224,9 +226,7 @@ def test_autograd_sees_the_factors_themselves(kernel, device):
     """No view of them that it would have to undo: two linears have six of its nodes less."""
     case = Linear(23, 2, 5, 4, 40, 25, torch.float32)
     x = {name: tensor.to(device, torch.float32).requires_grad_() for name, tensor in case.tensors.items()}
-    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-    routing = dict(zip(names, kernel.flatten_sort_count(case.ids.to(device), 5), strict=True))
-    out = kernel.parallel_linear_lora(**x, **routing, k=2)
+    out = kernel.parallel_linear_lora(**x, **case.routing(kernel, device), k=2)
     leaves = [getattr(node, "variable", None) for node, _ in out.grad_fn.next_functions if node is not None]
     assert all(any(leaf is tensor for leaf in leaves) for tensor in x.values())
 
@@ -236,9 +236,7 @@ def test_second_backward_and_none_of_the_second_order(kernel, device):
     """A retained graph gives the same gradients again; a gradient of a gradient is refused, not wrong."""
     case = Linear(23, 2, 5, 4, 40, 25, torch.float32, "gates bias")
     x = {name: tensor.to(device, torch.float32).requires_grad_() for name, tensor in case.tensors.items()}
-    names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
-    routing = dict(zip(names, kernel.flatten_sort_count(case.ids.to(device), 5), strict=True))
-    out = kernel.parallel_linear_lora(**x, **routing, k=2)
+    out = kernel.parallel_linear_lora(**x, **case.routing(kernel, device), k=2)
     first = torch.autograd.grad(out.sum(), list(x.values()), retain_graph=True)
     second = torch.autograd.grad(out.sum(), list(x.values()), retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -403,3 +404,24 @@ def test_a_context_is_there_before_an_op_begins(kernel, replay, monkeypatch):
     happened.clear()
     case.check(kernel, torch.device("cpu"))
     assert happened == ["context", "work"] * 2
+
+
+def test_a_context_is_of_the_tensors_device(kernel, replay, monkeypatch):
+    """Where another device is current, it is not asked for there, where it would take memory."""
+    happened: list[object] = []
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        happened.append(device)
+        current[0] = device.index
+        yield
+
+    active = types.SimpleNamespace(get_current_device=lambda: current[0])
+    monkeypatch.setattr(replay, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(replay, "use_context", lambda: happened.append("context"))
+    device = torch.device("cuda", 1)
+    unaligned = types.SimpleNamespace(device=device, is_cuda=True, data_ptr=lambda: 8)
+    replay.replay(lambda run, tensor: happened.append("body"), (unaligned,), ())
+    assert happened == [device, "context", "body"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import ExpertLoRA, by_expert, check_scaling
+from .types import ExpertLoRA, by_expert, check_scaling, check_width
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -93,10 +93,7 @@ class Arguments:
         """Checks expert-major factors, ``lora_A [E * r, in]``, ``lora_B [out, E * r]``."""
         A = self.tensor("lora_A", lora_A, ("E * r", in_symbol), FLOATS)
         B = self.tensor("lora_B", lora_B, (out_symbol, "E * r"), FLOATS)
-        width, num_experts = self.size("E * r"), self.size("E")
-        if width == 0 or width % num_experts:
-            must = f"[E * r, {in_symbol}] with E * r a positive multiple of E = {num_experts}"
-            raise self.fail("lora_A", must, f"shape {tuple(A.shape)}")
+        check_width(A, B, self.size("E"))
         check_scaling(self.function, scaling)
         return A, B
 

@@ -150,6 +150,11 @@ def _check_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> None:
         raise TypeError(f"num_experts must be an int, got {type(num_experts).__name__} {num_experts!r}")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    check_width(lora_A, lora_B, num_experts)
+
+
+def check_width(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> None:
+    """Raises if two matrices do not share a width that the experts do."""
     width = lora_A.shape[0]
     if width != lora_B.shape[1] or width % num_experts or width == 0:
         raise ValueError(

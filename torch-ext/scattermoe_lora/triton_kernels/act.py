@@ -69,8 +69,7 @@ def _act_kernel(
         rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = rows < num_rows
     else:
-        part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
-        _, first_row, end, has_rows, has_expert = part
+        _, first_row, end, has_rows, has_expert = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
         if not (has_rows & has_expert):
             return
         rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
@@ -125,8 +124,7 @@ def _act_grad_kernel(
         stores = mask
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
-        part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
-        _, first_row, end, has_rows, has_expert = part
+        _, first_row, end, has_rows, has_expert = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
         # Rows of no expert are visited where something is to be zeroed.
         if not (has_rows & (has_expert | ZERO_TAIL | STORE_DOT)):
             return

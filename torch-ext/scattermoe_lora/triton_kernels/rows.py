@@ -12,10 +12,15 @@ def expert_rows(offsets_ptr, expert):
 
 
 @triton.jit
-def tile_entry(tiles_ptr, tile):
+def tile_entry(tiles_ptr, tile, mask=None):
     """``(expert, first row, end of the expert's rows, its first tile)`` of a scheduled tile; see `Routing.tiles`."""
     entry = tiles_ptr + 4 + tile * 4
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    return (
+        tl.load(entry, mask=mask),
+        tl.load(entry + 1, mask=mask),
+        tl.load(entry + 2, mask=mask),
+        tl.load(entry + 3, mask=mask),
+    )
 
 
 @triton.jit
@@ -27,10 +32,8 @@ def scheduled_part(tiles_ptr, program, TILE_ROWS: tl.constexpr, BLOCK_M: tl.cons
     parts: tl.constexpr = TILE_ROWS // BLOCK_M
     tile = program // parts
     scheduled = tile < tl.load(tiles_ptr + 1)
-    entry = tiles_ptr + 4 + tile * 4
-    expert = tl.load(entry, mask=scheduled, other=0)
-    first_row = tl.load(entry + 1, mask=scheduled, other=0) + program % parts * BLOCK_M
-    end = tl.load(entry + 2, mask=scheduled, other=0)
+    expert, first_row, end, _ = tile_entry(tiles_ptr, tile, scheduled)
+    first_row += program % parts * BLOCK_M
     return expert, first_row, end, scheduled & (first_row < end), tile < tl.load(tiles_ptr)
 
 

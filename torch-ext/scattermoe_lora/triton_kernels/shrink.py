@@ -38,8 +38,7 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    part = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
-    expert, first_row, end, has_rows, has_expert = part
+    expert, first_row, end, has_rows, has_expert = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
     if not (has_rows & has_expert):
         return
     rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
