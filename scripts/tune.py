@@ -167,6 +167,9 @@ class Layer:
                 lambda: run.shrink_gram(
                     self.h, self.B_up, z, routing, torch.empty_like(self.B_up), x_fan_out=0, scale=1.0
                 ),
+                lambda: run.shrink_gram(
+                    self.x, self.B_down, z, routing, torch.empty_like(self.B_down), x_fan_out=k, scale=1.0
+                ),
             ],
             "gram wide": [
                 lambda: run.gram(self.x, self.h, routing, torch.empty_like(self.up).mT, left_fan_out=k),
@@ -199,7 +202,7 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
 
 
 def load() -> Any:
-    """The kernel, without Hopper's own GEMM and gram, which have no tiles to choose and would be timed instead."""
+    """The kernel, without Hopper's own GEMM and grams, which have no tiles to choose and would be timed instead."""
     from kernels import get_kernel
 
     kernel = get_kernel("org/scattermoe-lora", version=1)

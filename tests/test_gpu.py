@@ -91,6 +91,9 @@ HOPPER = {
     "transposed halves": {"is_transposed": True, "has_bias": True, "activation": CLAMPED},
     "no LoRA": {"r": 0, "dtype": torch.float16},
     "rank 8, odd depths": {"r": 8, "H": 336, "I": 344},
+    "rank 32, an expert's rows in parts": {"r": 32, "T": 3000},
+    "an expert's rows in parts": {"T": 3000, "frozen": BASE, "adapter_dtype": torch.float32},
+    "rank 64": {"r": 64, "frozen": BASE},
     "rank 48": {"r": 48, "H": 272, "I": 264, "k": 1},
     "rank 200": {"r": 200, "frozen": BASE},
     "no gate": {"has_gate": False, "activation": "relu2"},
@@ -121,7 +124,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
     used = {}
-    for name in ("hopper_gemm", "hopper_gram"):
+    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow"):
         module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
         answers, original = used.setdefault(name, []), getattr(module, name)
 
@@ -136,6 +139,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
+    assert any(used["hopper_narrow"]) == (case.r in (8, 16, 32, 64))
     use_general_kernels(kernel, monkeypatch)
     want = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
     unequal = [name for name in want if not torch.equal(got[name], want[name])]

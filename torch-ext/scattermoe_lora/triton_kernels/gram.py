@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tiles
 from ..types import Routing
 from .combine import MAX_BLOCK, combine
-from .device import HOPPER_COLUMNS, gpu, has_hopper_kernels
+from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
 from .shrink import shrink
@@ -26,10 +26,10 @@ CHUNK = 2048
 NARROW, CHUNKED = 64, 2 * CHUNK
 # Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
 # at rank 16 and 256 columns an eighth of what a second pass would read. Alone on an H100 105 us for 161 at rank 16 (dH
-# of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral). Of gathered rows, which come from L2, 114 for 121 and 235 for
-# 238 (GLM-4.5-Air), as their loads wait for their slots: these take two. Rank 24 spilled up to 632 bytes a thread. And
-# the elements that one launch can add.
-FUSED_RANK, FUSED_ELEMENTS = 16, 65535 * MAX_BLOCK
+# of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral); of gathered rows, which come from L2, 114 for 121 and 235 for
+# 238 (GLM-4.5-Air). With Hopper's own kernel on an H200 of dO 61 for 96, 135 for 209; at rank 32 88 for 101, and of dH
+# 86 for 110; at rank 64 no less. And the elements that one launch can add.
+FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * MAX_BLOCK
 
 
 @triton.jit
@@ -206,10 +206,10 @@ def shrink_gram(
     scale: float,
     row_weights: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.shrink_gram`: in one pass over grouped rows where the rank is small, else in two."""
+    """See `reference.shrink_gram`: in one pass where the rank is small, else in two."""
     P, Q = out.shape[1], right.shape[1]
     num_slots = routing.num_slots
-    fused = x_fan_out == 0 and Q <= FUSED_RANK and factor.element_size() == 2
+    fused = Q <= FUSED_RANK and factor.element_size() == 2
     if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
         gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
@@ -226,7 +226,7 @@ def shrink_gram(
         routing,
         out,
         tile,
-        left_fan_out=0,
+        left_fan_out=x_fan_out,
         right_fan_out=0,
         row_weights=row_weights,
         factor=factor,
@@ -259,7 +259,24 @@ def _launch(
     chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
     more = (num_slots - 1) // chunk if Q <= NARROW and num_slots > CHUNKED else 0
     partial = empty(more, P, Q, dtype=torch.float32, device=left.device) if more else None
+    by_hopper = routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(left).architecture)
     for part, units in (("rest", more), ("first", num_experts)) if more else (("all", num_experts),):
+        if by_hopper and part != "rest" and right is not None and row_weights is None:
+            from .hopper_narrow import hopper_narrow
+
+            if hopper_narrow(
+                left,
+                right,
+                routing,
+                out,
+                x_fan_out=left_fan_out,
+                factor=factor,
+                products=products,
+                scale=scale,
+                chunk=chunk,
+                partial=partial,
+            ):
+                continue
         launch(
             _gram_kernel,
             (units * tiles.cdiv(P, tile.block_m) * tiles.cdiv(Q, tile.block_n), 1),

@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..operands import tma_can_read
 from .device import HOPPER_COLUMNS, HOPPER_ROWS
+from .rows import operand_rows
 
 # Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
 ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
@@ -58,13 +59,32 @@ def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def barriers(LOADERS: gl.constexpr, STAGES: gl.constexpr):
-    """For each stage one that it is full, at which so many arrive, and one that it is empty: at that, both halves."""
+def copy_rows(
+    ptr, rows, slots, mask, stride, first_column, columns, memory,
+    FAN_OUT: gl.constexpr, EVEN: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of an operand's rows; zeros past the mask, if there is one, and past its columns."""
+    column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIES))
+    address = ptr + (operand_rows(rows.to(gl.int64), slots, FAN_OUT) * stride)[:, None] + column[None, :]
+    if mask is not None:
+        inside = mask[:, None]
+        if not EVEN:
+            inside = inside & (column < columns)[None, :]
+        load_rows(memory, address, mask=inside)
+    elif EVEN:
+        load_rows(memory, address)
+    else:
+        load_rows(memory, address, mask=(column < columns)[None, :])
+
+
+@gluon.jit
+def barriers(LOADERS: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr = 2):
+    """For each stage one that it is full, at which so many arrive, and one that it is empty: at that, all who read."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=LOADERS)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=READERS)
     fence_async_shared()
     return full, empty
 

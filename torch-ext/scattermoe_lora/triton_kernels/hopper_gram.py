@@ -25,19 +25,19 @@ from .hopper import (
     add_product,
     barriers,
     before,
+    copy_rows,
     descriptor,
     held_block,
     held_outputs,
     hold,
     load_block,
-    load_rows,
     next_stage,
     rows_arrive,
     store,
     wait_full,
 )
 from .launch import launch
-from .rows import expert_rows, operand_rows
+from .rows import expert_rows
 
 
 @gluon.jit
@@ -51,25 +51,6 @@ def _gram_tile(offsets_ptr, tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.const
     expert, within = tile // per_expert, tile % per_expert
     start, end = expert_rows(offsets_ptr, expert)
     return expert, start, end, (within % row_tiles) * BLOCK_M, (within // row_tiles) * BLOCK_N
-
-
-@gluon.jit
-def _copy(
-    ptr, rows, slots, mask, stride, first_column, columns, memory,
-    FAN_OUT: gl.constexpr, EVEN: gl.constexpr, WIDTH: gl.constexpr,
-):  # fmt: skip
-    """WIDTH columns of an operand's rows; zeros past the mask, if there is one, and past its columns."""
-    column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIES))
-    address = ptr + (operand_rows(rows.to(gl.int64), slots, FAN_OUT) * stride)[:, None] + column[None, :]
-    if mask is not None:
-        inside = mask[:, None]
-        if not EVEN:
-            inside = inside & (column < columns)[None, :]
-        load_rows(memory, address, mask=inside)
-    elif EVEN:
-        load_rows(memory, address)
-    else:
-        load_rows(memory, address, mask=(column < columns)[None, :])
 
 
 @gluon.jit
@@ -103,12 +84,12 @@ def _load(
                 load_block(left, [first, m], barrier, a_0)
                 load_block(left, [first, m + HALF], barrier, a_1)
             else:
-                _copy(left_ptr, rows, slots, None, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
-                _copy(left_ptr, rows, slots, None, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
+                copy_rows(left_ptr, rows, slots, None, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
+                copy_rows(left_ptr, rows, slots, None, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
             if RIGHT_FAN_OUT == 0:
                 load_block(right, [first, n], barrier, b)
             else:
-                _copy(right_ptr, rows, slots, None, stride_rm, n, N, b, RIGHT_FAN_OUT, EVEN_N, BLOCK_N)
+                copy_rows(right_ptr, rows, slots, None, stride_rm, n, N, b, RIGHT_FAN_OUT, EVEN_N, BLOCK_N)
             rows_arrive(barrier, increment_count=False)
             slots = next_slots
             stage, phase = next_stage(stage, phase, STAGES)
@@ -120,9 +101,11 @@ def _load(
             mbarrier.arrive(barrier)
             a_0 = a_ring.index(2 * stage)
             a_1 = a_ring.index(2 * stage + 1)
-            _copy(left_ptr, rows, slots, mask, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
-            _copy(left_ptr, rows, slots, mask, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
-            _copy(right_ptr, rows, slots, mask, stride_rm, n, N, b_ring.index(stage), RIGHT_FAN_OUT, EVEN_N, BLOCK_N)
+            copy_rows(left_ptr, rows, slots, mask, stride_lm, m, M, a_0, LEFT_FAN_OUT, EVEN_M, HALF)
+            copy_rows(left_ptr, rows, slots, mask, stride_lm, m + HALF, M, a_1, LEFT_FAN_OUT, EVEN_M, HALF)
+            copy_rows(
+                right_ptr, rows, slots, mask, stride_rm, n, N, b_ring.index(stage), RIGHT_FAN_OUT, EVEN_N, BLOCK_N
+            )
             rows_arrive(barrier, increment_count=False)
             fence_async_shared()  # before TMA writes there again; else the compiler has a fence in the loop above
             stage, phase = next_stage(stage, phase, STAGES)
