@@ -130,7 +130,7 @@ class Compiled:
             if self.waits and self.kernel.startswith("hopper"):
                 found.append(f"{self.waits} waits between products that should follow one another")
             # What a narrow gram stores is small, or read by the next kernel.
-            if self.kept and self.kernel.startswith("hopper") and self.kernel != "hopper_narrow":
+            if self.kept and self.kernel.startswith(("hopper_gemm", "hopper_gram")):
                 found.append(f"{self.kept} stores that keep weights out of L2")
         return [f"{self.kernel} {self.tile} {self.dtype} on {self.family}: {problem}" for problem in found]
 

@@ -5,6 +5,8 @@ With a factor also ``left @ factor[e]`` of the rows that it reads, as a shrink c
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -214,7 +216,11 @@ def shrink_gram(
         gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
-    parts = tiles.cdiv(P, tile.block_m)
+    narrow = _hopper_narrow(x, right, routing, row_weights, factor)
+    columns = tile.block_m
+    if narrow is not None:
+        columns = narrow.tile_columns(out.shape[0], P, Q, gpu(x).processors)
+    parts = tiles.cdiv(P, columns)
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
     # it adds up in the padding and in rows of no expert was never written, and is never read.
     size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
@@ -235,6 +241,19 @@ def shrink_gram(
     )
     combine(products, None, product, fan_out=parts)
     return product[0, : num_slots * Q].view(num_slots, Q)
+
+
+def _hopper_narrow(
+    left: Tensor, right: Tensor | None, routing: Routing, row_weights: Tensor | None, factor: Tensor | None
+) -> ModuleType | None:
+    """The module of Hopper's own kernel, where it is there, wants the gram, and reads its operands."""
+    if right is None or row_weights is not None or routing.tile_rows != HOPPER_ROWS:
+        return None
+    if not has_hopper_kernels(gpu(left).architecture):
+        return None
+    from . import hopper_narrow
+
+    return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
 
 
 def _launch(
@@ -259,24 +278,22 @@ def _launch(
     chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
     more = (num_slots - 1) // chunk if Q <= NARROW and num_slots > CHUNKED else 0
     partial = empty(more, P, Q, dtype=torch.float32, device=left.device) if more else None
-    by_hopper = routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(left).architecture)
+    narrow = _hopper_narrow(left, right, routing, row_weights, factor)
+    if narrow is not None:
+        narrow.hopper_narrow(
+            left,
+            right,
+            routing,
+            out,
+            x_fan_out=left_fan_out,
+            factor=factor,
+            products=products,
+            scale=scale,
+            chunk=chunk,
+            partial=partial,
+        )
+        return
     for part, units in (("rest", more), ("first", num_experts)) if more else (("all", num_experts),):
-        if by_hopper and part != "rest" and right is not None and row_weights is None:
-            from .hopper_narrow import hopper_narrow
-
-            if hopper_narrow(
-                left,
-                right,
-                routing,
-                out,
-                x_fan_out=left_fan_out,
-                factor=factor,
-                products=products,
-                scale=scale,
-                chunk=chunk,
-                partial=partial,
-            ):
-                continue
         launch(
             _gram_kernel,
             (units * tiles.cdiv(P, tile.block_m) * tiles.cdiv(Q, tile.block_n), 1),
