@@ -73,10 +73,11 @@ def test_no_kernel_is_left_out(compile_case, package):
     assert {c.kernel.split()[0] for case in cases for c in compile_case("sm_90", case)} == defined
 
 
-def test_a_gram_in_parts_is_compiled(compile_case):
+@pytest.mark.parametrize(("family", "gram"), [("sm_80", "gram"), ("sm_90", "hopper_narrow")])
+def test_a_gram_in_parts_is_compiled(compile_case, family, gram):
     """It takes more rows than other kernels ask for, which the sizes of the cases must go on having."""
-    kernels = {c.kernel for c in compile_case("sm_90", LARGEST)}
-    assert {"gram rest", "gram first"} <= kernels
+    kernels = {c.kernel for c in compile_case(family, LARGEST)}
+    assert {f"{gram} rest", f"{gram} first"} <= kernels
 
 
 def test_odd_sizes_compile(compile_case):

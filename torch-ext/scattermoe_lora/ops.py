@@ -494,12 +494,11 @@ def _rank_products(
     *,
     fan_out: int,
     scaling: float,
-    row_weights: Optional[Tensor] = None,
 ) -> Tensor:
     """``scaling * dy B`` of every slot, which dX and dA are made of, and, if it is asked for, dB."""
     if dB is None:
         return run.shrink(dy, B, routing, x_fan_out=fan_out, scale=scaling)
-    return run.shrink_gram(dy, B, xa, routing, dB, x_fan_out=fan_out, scale=scaling, row_weights=row_weights)
+    return run.shrink_gram(dy, B, xa, routing, dB, x_fan_out=fan_out, scale=scaling)
 
 
 def _bias_dot(run: ModuleType, dout: Tensor, bias: Tensor, routing: Routing, fan_out: int) -> Tensor:
@@ -646,7 +645,10 @@ def _parallel_linear_forward(
     grouped_out: bool,
     needs: List[bool],
 ) -> List[Tensor]:
-    """``[out]``, and with ``needs``, as in `moe_mlp_forward`, what the backward needs: ``xa`` and ``tiles``."""
+    """``[out]``, and with ``needs``, as in `moe_mlp_forward`, what the backward needs: ``xa`` and ``tiles``.
+
+    With gates ``xa`` is times these, as the gradient of B has it.
+    """
     dtype = expert_weights.dtype
     tensors = (
         inputs.to(dtype),
@@ -689,9 +691,21 @@ def _linear_forward_body(
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,))
-    xa = expand = None
+    xa = gated_xa = expand = None
     if A is not None and B is not None:
-        xa = run.shrink(x, run.in_factor(A, weight.dtype, rank_dim=1).mT, routing, x_fan_out=x_fan_out, scale=scaling)
+        factor = run.in_factor(A, weight.dtype, rank_dim=1)
+        if save and gates is not None:
+            gated_xa = run.empty(num_slots, factor.shape[1], dtype=factor.dtype, device=x.device)
+        xa = run.shrink(
+            x,
+            factor.mT,
+            routing,
+            x_fan_out=x_fan_out,
+            scale=scaling,
+            row_weights=gates if save else None,
+            weighted=gated_xa,
+        )
+        del factor
         expand = run.in_factor(B, weight.dtype, rank_dim=2).mT
     y = run.grouped_gemm(
         x,
@@ -709,7 +723,7 @@ def _linear_forward_body(
     if choices is not None:
         out = run.empty(num_slots // choices, y.shape[1], dtype=out_dtype, device=x.device)
         run.combine(y, gates, out, fan_out=choices)
-    return [out, xa, routing.tiles] if save else [out]
+    return [out, xa if gated_xa is None else gated_xa, routing.tiles] if save else [out]
 
 
 torch.library.define(
@@ -809,12 +823,10 @@ def _linear_backward_body(
         grads[4] = run.empty_like(B)
     if A is not None and B is not None and (need_x or need_A or need_gates):
         factor = run.in_factor(B, weight.dtype, rank_dim=2)
-        u = _rank_products(
-            run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling, row_weights=gates
-        )
+        u = _rank_products(run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling)
         del factor
     elif need_B:
-        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out, row_weights=gates)
+        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out)
     if need_x or need_gates:
         expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
         dx = run.grouped_gemm(

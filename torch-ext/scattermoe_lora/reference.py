@@ -507,10 +507,9 @@ def shrink_gram(
     *,
     x_fan_out: int,
     scale: float,
-    row_weights: Tensor | None = None,
 ) -> Tensor:
     """`gram` of ``x`` and grouped ``right [S, r]`` into ``out [E, K, r]``; returns the `shrink` of ``x``."""
-    gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
+    gram(x, right, routing, out, left_fan_out=x_fan_out)
     return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
 
 

@@ -206,17 +206,16 @@ def shrink_gram(
     *,
     x_fan_out: int,
     scale: float,
-    row_weights: Tensor | None = None,
 ) -> Tensor:
     """See `reference.shrink_gram`: in one pass where the rank is small, else in two."""
     P, Q = out.shape[1], right.shape[1]
     num_slots = routing.num_slots
     fused = Q <= FUSED_RANK and factor.element_size() == 2
     if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
-        gram(x, right, routing, out, left_fan_out=x_fan_out, row_weights=row_weights)
+        gram(x, right, routing, out, left_fan_out=x_fan_out)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
-    narrow = _hopper_narrow(x, right, routing, row_weights, factor)
+    narrow = _hopper_narrow(x, right, routing, None, factor)
     columns = tile.block_m
     if narrow is not None:
         columns = narrow.tile_columns(out.shape[0], P, Q, gpu(x).processors)
@@ -234,7 +233,7 @@ def shrink_gram(
         tile,
         left_fan_out=x_fan_out,
         right_fan_out=0,
-        row_weights=row_weights,
+        row_weights=None,
         factor=factor,
         products=products,
         scale=scale,
