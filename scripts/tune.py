@@ -122,7 +122,7 @@ class Layer:
         self.weights = torch.rand(S, device="cuda")
 
     def calls(self, key: str) -> list[Callable[[], Any]]:
-        """The launches of a step that use the table's row ``key``."""
+        """The launches of a step, of any rank, that use the table's row ``key``."""
         run, k, routing, z = self.run, self.model.top_k, self.routing, self.z
         act = {"activation": "silu", "has_gate": True, "is_concatenated": True}
         kind = key if "gram" in key else key.rpartition(" ")[0]

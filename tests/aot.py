@@ -72,7 +72,8 @@ FAMILIES = {
         Family("gfx1100", "hip", "gfx1100", 32, 64 * 1024, "v_wmma"),
     )
 }
-PROCESSORS = 108  # of any GPU: grids depend on it, kernels do not
+# Of any GPU: grids depend on it, and the width of Hopper's narrow grams' tiles; with so many they are of both widths.
+PROCESSORS = 108
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma", "v_wmma")
 
 
@@ -256,14 +257,16 @@ def _linear(kernel: types.ModuleType, case: Case) -> None:
 
 
 def _odd(kernel: types.ModuleType, case: Case) -> None:
-    """What Hopper's own kernels leave to the general ones: rows of no multiple of 16 columns in a wider tensor, and no
-    rows at all."""
+    """What Hopper's own kernels leave to the general ones: rows of no multiple of 16 columns in a wider tensor, none
+    at all, and a narrow base's gradient whose right rows are gathered."""
     t = _Tensors(kernel, case)
     x, weights = t(t.num_tokens, 352)[:, :344], t(t.num_tokens, TOP_K)
     up, down = t(NUM_EXPERTS, 2 * INTERMEDIATE, 344), t(NUM_EXPERTS, 344, INTERMEDIATE)
     t.step(kernel.moe_mlp, x, up, down, t.ids, weights)
     up, down = t(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), t(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
     t.step(kernel.moe_mlp, t.x[:0], up, down, t.ids[:0], weights[:0])
+    order = _order(kernel, t.ids, NUM_EXPERTS)
+    t.step(kernel.parallel_linear, t(t.num_tokens, 512), t(NUM_EXPERTS, 512, 64), TOP_K, *order)
 
 
 def _crowd(kernel: types.ModuleType, case: Case) -> None:

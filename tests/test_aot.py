@@ -17,7 +17,7 @@ CASES = [
     ("sm_80", Case("linear", 32, "float16", 64)),
     ("sm_86", Case("linear", 64, "bfloat16", 16)),
     ("sm_89", Case("linear", 16, "float16", 64)),
-    ("sm_90", Case("gated", 128, "bfloat16", 64)),
+    *(("sm_90", Case("gated", 128, "bfloat16", rank)) for rank in (32, 64)),
     ("sm_90", BASE_TRAINS),
     ("sm_90", Case("transposed", 16, "float16", 64)),
     ("sm_90", Case("halves", 16, "float16", 64)),
@@ -83,8 +83,14 @@ def test_a_gram_in_parts_is_compiled(compile_case, family, gram):
 def test_odd_sizes_compile(compile_case):
     """Where Hopper's own kernels can't be used the general ones are; they spill here, storing single elements."""
     compiled = compile_case("sm_90", Case("odd", 128, "bfloat16", 16))
-    assert {"grouped_gemm", "hopper_gemm", "gram"} <= {c.kernel.split()[0] for c in compiled}
+    kernels = {c.kernel.split()[0] for c in compiled}
+    assert {"grouped_gemm", "hopper_gemm", "gram"} <= kernels and "hopper_narrow" not in kernels
     assert not [c.error for c in compiled if c.error]
+
+
+def test_a_factors_gradient_with_gates_is_hoppers_narrow_gram(compile_case):
+    """What a linear saves is times the gates: as weights of the gram's rows they would ask for the general kernel."""
+    assert any(c.kernel.startswith("hopper_narrow") for c in compile_case("sm_90", BASE_TRAINS))
 
 
 def test_problems_are_found():
@@ -106,7 +112,8 @@ def test_problems_are_found():
     assert "waits between products" in problems(kernel="hopper_gemm", waits=1)[0]
     assert not problems(waits=1)
     assert "out of L2" in problems(kernel="hopper_gemm", kept=1)[0]
-    assert not problems(kept=1)
+    assert "out of L2" in problems(kernel="hopper_gram", kept=1)[0]
+    assert not problems(kept=1) and not problems(kernel="hopper_narrow first", kept=1)
     assert "does not compile" in problems(error="PassManager::run failed", instructions=(), rows=0)[0]
     for instructions in ((), ("mma.sync",), ("mma.sync", "wgmma.mma_async")):
         assert "for a product of 64 rows" in problems(instructions=instructions)[0]

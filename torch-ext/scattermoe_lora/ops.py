@@ -763,7 +763,10 @@ def _parallel_linear_backward(
     grouped_out: bool,
     needs: List[bool],
 ) -> List[Tensor]:
-    """Gradients of those of the first six tensor arguments of `parallel_linear_forward` that ``needs`` says."""
+    """Gradients of those of the first six tensor arguments of `parallel_linear_forward` that ``needs`` says.
+
+    ``xa`` is what that saves: with gates times these.
+    """
     dtype = expert_weights.dtype
     tensors = (
         dout.to(dtype),

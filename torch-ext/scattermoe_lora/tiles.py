@@ -165,7 +165,7 @@ def shrink_gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Til
         block_m=min(128 if _is_rdna(gpu) else 256, max(16, next_power_of_2(left))),
         block_n=max(16, next_power_of_2(right)),
         block_k=depth,  # 64 spilled 136 bytes a thread for sm_80
-        num_warps=4 if right <= 16 else 8,  # rank 24 spilled up to 632 bytes a thread of 4 warps
+        num_warps=4,
         num_stages=stages,
     )
     return _choose("shrink gram", rule, right, dtype, gpu)

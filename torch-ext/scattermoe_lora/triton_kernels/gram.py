@@ -6,6 +6,7 @@ With a factor also ``left @ factor[e]`` of the rows that it reads, as a shrink c
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -29,9 +30,9 @@ NARROW, CHUNKED = 64, 2 * CHUNK
 # Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
 # at rank 16 and 256 columns an eighth of what a second pass would read. Alone on an H100 105 us for 161 at rank 16 (dH
 # of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral); of gathered rows, which come from L2, 114 for 121 and 235 for
-# 238 (GLM-4.5-Air). With Hopper's own kernel on an H200 of dO 61 for 96, 135 for 209; at rank 32 88 for 101, and of dH
-# 86 for 110; at rank 64 no less. And the elements that one launch can add.
-FUSED_RANK, FUSED_ELEMENTS = 32, 65535 * MAX_BLOCK
+# 238 (GLM-4.5-Air). Rank 24 spilled up to 632 bytes a thread. With Hopper's own kernel on an H200 of dO 50 for 96, 109
+# for 209, at rank 32 71 for 101, and of dH 74 for 110; at rank 64 no less. And the elements that one launch can add.
+FUSED_RANK, HOPPER_FUSED_RANK, FUSED_ELEMENTS = 16, 32, 65535 * MAX_BLOCK
 
 
 @triton.jit
@@ -183,6 +184,15 @@ def gram(
 
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
             return out
+    narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
+    if narrow is not None and right is not None:
+        rank = right.shape[1]
+        chunk, partial = _chunks(routing, out, rank)
+        columns = narrow.tile_columns(num_experts, P, rank, gpu(left).processors)
+        narrow.hopper_narrow(
+            left, right, routing, out, x_fan_out=left_fan_out, columns=columns, chunk=chunk, partial=partial
+        )
+        return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
         left,
@@ -208,51 +218,64 @@ def shrink_gram(
     scale: float,
 ) -> Tensor:
     """See `reference.shrink_gram`: in one pass where the rank is small, else in two."""
-    P, Q = out.shape[1], right.shape[1]
-    num_slots = routing.num_slots
-    fused = Q <= FUSED_RANK and factor.element_size() == 2
+    num_experts, P, _ = out.shape
+    num_slots, Q = routing.num_slots, right.shape[1]
+    narrow = _hopper_narrow(x, right, routing, 0, None, factor)
+    fused = Q <= (FUSED_RANK if narrow is None else HOPPER_FUSED_RANK) and factor.element_size() == 2
     if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
         gram(x, right, routing, out, left_fan_out=x_fan_out)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
-    narrow = _hopper_narrow(x, right, routing, None, factor)
     columns = tile.block_m
     if narrow is not None:
-        columns = narrow.tile_columns(out.shape[0], P, Q, gpu(x).processors)
+        columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
     parts = tiles.cdiv(P, columns)
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
     # it adds up in the padding and in rows of no expert was never written, and is never read.
     size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
     product = empty(1, size, dtype=factor.dtype, device=factor.device)
     products = empty(parts, size, dtype=torch.float32, device=x.device)
-    _launch(
-        x,
-        right,
-        routing,
-        out,
-        tile,
-        left_fan_out=x_fan_out,
-        right_fan_out=0,
-        row_weights=None,
-        factor=factor,
-        products=products,
-        scale=scale,
-    )
+    both: dict[str, Any] = {"factor": factor, "products": products, "scale": scale}
+    if narrow is not None:
+        chunk, partial = _chunks(routing, out, Q)
+        narrow.hopper_narrow(
+            x, right, routing, out, x_fan_out=x_fan_out, columns=columns, chunk=chunk, partial=partial, **both
+        )
+    else:
+        _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
     combine(products, None, product, fan_out=parts)
     return product[0, : num_slots * Q].view(num_slots, Q)
 
 
 def _hopper_narrow(
-    left: Tensor, right: Tensor | None, routing: Routing, row_weights: Tensor | None, factor: Tensor | None
+    left: Tensor,
+    right: Tensor | None,
+    routing: Routing,
+    right_fan_out: int,
+    row_weights: Tensor | None,
+    factor: Tensor | None = None,
 ) -> ModuleType | None:
-    """The module of Hopper's own kernel, where it is there, wants the gram, and reads its operands."""
-    if right is None or row_weights is not None or routing.tile_rows != HOPPER_ROWS:
+    """The module of Hopper's own kernel, where it is there, wants the gram, and reads its operands.
+
+    It uses no row tiles, but is made for as many rows as tiles of HOPPER_ROWS are.
+    """
+    if right is None or right_fan_out != 0 or row_weights is not None or routing.tile_rows != HOPPER_ROWS:
         return None
     if not has_hopper_kernels(gpu(left).architecture):
         return None
     from . import hopper_narrow
 
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
+
+
+def _chunks(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
+    """Rows that are summed at once, and room for the sums of those beyond, if an expert may have more of them."""
+    # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
+    chunk = max(CHUNK, tiles.next_power_of_2(routing.num_slots) // 32)
+    if Q > NARROW or routing.num_slots <= CHUNKED:
+        return chunk, None
+    more = (routing.num_slots - 1) // chunk
+    return chunk, empty(more, out.shape[1], Q, dtype=torch.float32, device=out.device)
 
 
 def _launch(
@@ -272,27 +295,9 @@ def _launch(
     """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
     num_experts, P, out_columns = out.shape
     Q = out_columns if right is None else right.shape[1]
-    num_slots = routing.num_slots
-    # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
-    chunk = max(CHUNK, tiles.next_power_of_2(num_slots) // 32)
-    more = (num_slots - 1) // chunk if Q <= NARROW and num_slots > CHUNKED else 0
-    partial = empty(more, P, Q, dtype=torch.float32, device=left.device) if more else None
-    narrow = _hopper_narrow(left, right, routing, row_weights, factor)
-    if narrow is not None:
-        narrow.hopper_narrow(
-            left,
-            right,
-            routing,
-            out,
-            x_fan_out=left_fan_out,
-            factor=factor,
-            products=products,
-            scale=scale,
-            chunk=chunk,
-            partial=partial,
-        )
-        return
-    for part, units in (("rest", more), ("first", num_experts)) if more else (("all", num_experts),):
+    chunk, partial = _chunks(routing, out, Q)
+    parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
+    for part, units in parts:
         launch(
             _gram_kernel,
             (units * tiles.cdiv(P, tile.block_m) * tiles.cdiv(Q, tile.block_n), 1),

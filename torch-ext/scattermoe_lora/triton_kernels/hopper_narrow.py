@@ -1,8 +1,8 @@
 """A narrow gram on Hopper, and the shrink of the rows that it reads, by specialised warps: see `hopper_gemm`.
 
-Four warps copy rows, six stages ahead, four sum the gram, and four more make the product into the rank. Triton's own
-pipeline is no deeper than the loads of slots that its rows wait for: of gathered rows its two passes got 5.5 TB/s each
-out of L2, which gives up to 7.8.
+Four warps copy rows, four to six stages ahead, four sum the gram, and four more make the product into the rank.
+Triton's own pipeline is no deeper than the loads of slots that its rows wait for: of gathered rows its two passes got
+5.5 TB/s each out of L2, which gives up to 7.8.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .launch import launch
 from .rows import expert_rows
 
 # Columns and rows of a stage, and ranks of a right operand: of 64 a thread holds 128 sums.
-COLUMNS, ROWS, RANKS = 256, 64, (16, 32, 64)
+STAGE_COLUMNS, STAGE_ROWS, RANKS = 256, 64, (16, 32, 64)
 
 
 @gluon.jit
@@ -59,8 +59,10 @@ def _unit(
     offsets_ptr, unit, num_experts, P, PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr,
     EXPERTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """``(expert, first row, end of the rows, tile of WIDTH columns, chunk)``: rows are all of the expert's, its first
-    chunk, of which the chunk is how many more there are, or with PART "rest" the chunk of that number.
+    """``(expert, first row, end of the rows, tile of WIDTH columns, chunk)``.
+
+    Rows are all of the expert's. With PART "first" they are its first chunk, and ``chunk`` is how many follow; with
+    "rest" they are one of these, and ``chunk`` is its number among all experts'.
 
     All tiles of an expert after one another, or the same columns of all of them: see `gram`.
     """
@@ -155,7 +157,8 @@ def _load(
 
 @gluon.jit
 def _store(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART: gl.constexpr):
-    """Stores the sums of a stage's columns, and adds those of an expert's further chunks."""
+    """Stores the sums of a stage's columns, with those of ``chunk`` further chunks from ``earlier`` on; a further
+    chunk's own as partial ones."""
     Q: gl.constexpr = acc.shape[1]
     p += gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
     q = gl.arange(0, Q, layout=gl.SliceLayout(0, acc.type.layout))
@@ -332,7 +335,7 @@ def _hopper_narrow_kernel(
             [4, 4],
             [128, 128],
         )  # fmt: skip
-    else:
+    else:  # none load a factor or wait for its memory; what is given for these is not used
         gl.warp_specialize(
             [
                 (
@@ -360,7 +363,7 @@ def _hopper_narrow_kernel(
 def reads(x: Tensor, right: Tensor, factor: Tensor | None) -> bool:
     """Whether operands are what this kernel reads."""
     P, Q = x.shape[1], right.shape[1]
-    if x.element_size() != 2 or right.dtype != x.dtype or P < COLUMNS or Q not in RANKS:
+    if x.element_size() != 2 or right.dtype != x.dtype or P < STAGE_COLUMNS or Q not in RANKS:
         return False
     # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
     if not x.stride(1) == right.stride(1) == 1 or right.stride(0) != Q or P % 16 or x.stride(0) % 16:
@@ -379,8 +382,8 @@ def tile_columns(num_experts: int, P: int, Q: int, processors: int) -> int:
     for 62.
     """
     stages = (1, 2)
-    narrow, wide = (n * tiles.cdiv(num_experts * tiles.cdiv(P, n * COLUMNS), processors) for n in stages)
-    return 2 * COLUMNS if Q <= 32 and 10 * wide <= 11 * narrow else COLUMNS
+    narrow, wide = (n * tiles.cdiv(num_experts * tiles.cdiv(P, n * STAGE_COLUMNS), processors) for n in stages)
+    return 2 * STAGE_COLUMNS if Q <= 32 and 10 * wide <= 11 * narrow else STAGE_COLUMNS
 
 
 def hopper_narrow(
@@ -390,26 +393,27 @@ def hopper_narrow(
     out: Tensor,
     *,
     x_fan_out: int,
-    factor: Tensor | None,
-    products: Tensor | None,
-    scale: float,
+    columns: int,
     chunk: int,
     partial: Tensor | None,
+    factor: Tensor | None = None,
+    products: Tensor | None = None,
+    scale: float = 1.0,
 ) -> None:
-    """The launches of a `gram` of what it `reads`, or of a `shrink_gram`, which writes a part for each of its tiles.
+    """The launches of a `gram` of what it `reads`, in tiles of so many ``columns``; with a factor of a `shrink_gram`,
+    whose ``products`` have a part for each of these.
 
     With ``partial``, a sum for each chunk of rows beyond an expert's first one, there are two.
     """
     num_experts, P, out_columns = out.shape
-    Q, processors, size = right.shape[1], gpu(x).processors, x.element_size()
-    width = tile_columns(num_experts, P, Q, processors)
-    factors = 0 if factor is None else 2 * width * Q * size
-    stages = (gpu(x).shared_memory - 1024 - factors) // (ROWS * (COLUMNS + Q) * size)
+    Q, size = right.shape[1], x.element_size()
+    factors = 0 if factor is None else 2 * columns * Q * size
+    stages = (gpu(x).shared_memory - 1024 - factors) // (STAGE_ROWS * (STAGE_COLUMNS + Q) * size)
     parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
     for part, groups in parts:
         launch(
             _hopper_narrow_kernel,
-            (min(groups * tiles.cdiv(P, width), processors), 1),
+            (min(groups * tiles.cdiv(P, columns), gpu(x).processors), 1),
             (x, right, factor, out, partial, products, routing.expert_offsets, routing.scattered_idxs),
             (
                 scale,
@@ -425,14 +429,14 @@ def hopper_narrow(
             stages,
             FAN_OUT=x_fan_out,
             HAS_FACTOR=factor is not None,
-            EVEN_P=P % width == 0,
+            EVEN_P=P % columns == 0,
             PART=part,
             BY_COLUMNS=x_fan_out > 1,
             CHUNK=chunk,
             EXPERTS=max(32, tiles.next_power_of_2(num_experts)),
             STAGES=stages,
-            PIECES=width // COLUMNS,
-            BLOCK_P=COLUMNS,
+            PIECES=columns // STAGE_COLUMNS,
+            BLOCK_P=STAGE_COLUMNS,
             BLOCK_Q=Q,
-            BLOCK_M=ROWS,
+            BLOCK_M=STAGE_ROWS,
         )
