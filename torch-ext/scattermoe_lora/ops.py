@@ -159,16 +159,8 @@ def _forward_body(
     if down_A is not None and down_B is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
-        if save:
-            waa = run.empty(routing.num_slots, A_down.shape[1], dtype=A_down.dtype, device=x.device)
-        aa = run.shrink(
-            dropped,
-            A_down.mT,
-            routing,
-            x_fan_out=0,
-            scale=down_scaling,
-            row_weights=weights if save else None,
-            weighted=waa,
+        aa, waa = _weighted_shrink(
+            run, dropped, A_down.mT, routing, weights if save else None, x_fan_out=0, scale=down_scaling
         )
         del dropped, A_down
         expand = run.in_factor(down_B, w_down.dtype, rank_dim=2).mT
@@ -194,6 +186,24 @@ def _drop_activation(
 ) -> Tensor:
     """Dropout of grouped rows, whose mask belongs to their slots: it does not depend on the routing of others."""
     return run.dropout(a, seed, p=p, stream=DROPPED_ACTIVATION, rows=routing.scattered_idxs, out=out)
+
+
+def _weighted_shrink(
+    run: ModuleType,
+    x: Tensor,
+    factor: Tensor,
+    routing: Routing,
+    weights: Optional[Tensor],
+    *,
+    x_fan_out: int,
+    scale: float,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The product into the rank, and, with weights of its rows, times these, as the gradient of B has it."""
+    weighted = None
+    if weights is not None:
+        weighted = run.empty(routing.num_slots, factor.shape[2], dtype=factor.dtype, device=x.device)
+    options = {"x_fan_out": x_fan_out, "scale": scale, "row_weights": weights, "weighted": weighted}
+    return run.shrink(x, factor, routing, **options), weighted
 
 
 # Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
@@ -694,16 +704,8 @@ def _linear_forward_body(
     xa = gated_xa = expand = None
     if A is not None and B is not None:
         factor = run.in_factor(A, weight.dtype, rank_dim=1)
-        if save and gates is not None:
-            gated_xa = run.empty(num_slots, factor.shape[1], dtype=factor.dtype, device=x.device)
-        xa = run.shrink(
-            x,
-            factor.mT,
-            routing,
-            x_fan_out=x_fan_out,
-            scale=scaling,
-            row_weights=gates if save else None,
-            weighted=gated_xa,
+        xa, gated_xa = _weighted_shrink(
+            run, x, factor.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
         )
         del factor
         expand = run.in_factor(B, weight.dtype, rank_dim=2).mT

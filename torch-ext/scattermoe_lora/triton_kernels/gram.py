@@ -18,7 +18,7 @@ from ..types import Routing
 from .combine import MAX_BLOCK, combine
 from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
-from .rows import expert_rows, operand_rows
+from .rows import expert_rows, further_chunks, operand_rows
 from .shrink import shrink
 
 # Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
@@ -39,9 +39,7 @@ FUSED_RANK, HOPPER_FUSED_RANK, FUSED_ELEMENTS = 16, 32, 65535 * MAX_BLOCK
 def _more_chunks(offsets_ptr, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
     """Of every expert: ``(index, first row, end, chunks beyond the first, those of it and the experts before)``."""
     e = tl.arange(0, EXPERTS)
-    end = tl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
-    start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < num_experts), other=0).to(tl.int32)
-    more = tl.maximum(end - start - 1, 0) // CHUNK
+    start, end, more = further_chunks(offsets_ptr, e, num_experts, CHUNK)
     return e, start, end, more, tl.cumsum(more)
 
 

@@ -22,7 +22,7 @@ from ..types import Routing
 from .device import gpu
 from .hopper import COPIES, add_product, barriers, before, copy_rows, next_stage, rows_arrive, wait_full
 from .launch import launch
-from .rows import expert_rows
+from .rows import expert_rows, further_chunks
 
 # Columns and rows of a stage, and ranks of a right operand: of 64 a thread holds 128 sums.
 STAGE_COLUMNS, STAGE_ROWS, RANKS = 256, 64, (16, 32, 64)
@@ -37,9 +37,8 @@ def _add(a, b):
 def _more_chunks(offsets_ptr, num_experts, CHUNK: gl.constexpr, EXPERTS: gl.constexpr):
     """Of every expert: ``(index, first row, end, chunks beyond the first)``."""
     e = gl.arange(0, EXPERTS, layout=gl.BlockedLayout([EXPERTS // 32], [32], [4], [0]))
-    end = gl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(gl.int32)
-    start = gl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < num_experts), other=0).to(gl.int32)
-    return e, start, end, gl.maximum(end - start - 1, 0) // CHUNK
+    start, end, more = further_chunks(offsets_ptr, e, num_experts, CHUNK)
+    return e, start, end, more
 
 
 @gluon.jit
