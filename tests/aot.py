@@ -203,21 +203,22 @@ def _dropped(kernel: types.ModuleType, case: Case) -> None:
 def _transposed(kernel: types.ModuleType, case: Case, is_concatenated: bool = False) -> None:
     """GPT-OSS's layout: transposed, interleaved, biased, with its gate; everything trains."""
     t = _Tensors(kernel, case)
-    t.step(
-        kernel.moe_mlp,
-        t.x,
-        t(NUM_EXPERTS, HIDDEN, 2 * INTERMEDIATE),
-        t(NUM_EXPERTS, INTERMEDIATE, HIDDEN),
-        t.ids,
-        t(t.num_tokens, TOP_K),
-        gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE),
-        down_lora=t.lora(INTERMEDIATE, HIDDEN),
-        gate_up_proj_bias=t(NUM_EXPERTS, 2 * INTERMEDIATE),
-        down_proj_bias=t(NUM_EXPERTS, HIDDEN),
-        is_transposed=True,
-        is_concatenated=is_concatenated,
-        activation=kernel.reference.clamped_glu(1.702, 7.0, 1.0),
-    )
+    for trains in (True, False):
+        t.step(
+            kernel.moe_mlp,
+            t.x,
+            t(NUM_EXPERTS, HIDDEN, 2 * INTERMEDIATE, trains=trains),
+            t(NUM_EXPERTS, INTERMEDIATE, HIDDEN, trains=trains),
+            t.ids,
+            t(t.num_tokens, TOP_K),
+            gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE),
+            down_lora=t.lora(INTERMEDIATE, HIDDEN),
+            gate_up_proj_bias=t(NUM_EXPERTS, 2 * INTERMEDIATE, trains=trains),
+            down_proj_bias=t(NUM_EXPERTS, HIDDEN, trains=trains),
+            is_transposed=True,
+            is_concatenated=is_concatenated,
+            activation=kernel.reference.clamped_glu(1.702, 7.0, 1.0),
+        )
 
 
 def _halves(kernel: types.ModuleType, case: Case) -> None:
@@ -296,6 +297,7 @@ ALL_CASES = [
     *(Case("gated", rows, dtype, 16) for dtype in ("bfloat16", "float16") for rows in (8, 32, 64, 128)),
     *(Case("gated", rows, "bfloat16", rank) for rank in (32, 64) for rows in (8, 128)),
     Case("gated", 128, "bfloat16", 8),  # PEFT's default, which is padded
+    Case("transposed", 128, "bfloat16", 16),  # gate and up of a unit next to one another, by Hopper's act_grad
     *(Case(layer, rows, "bfloat16", 64) for layer in ("transposed", "ungated", "linear") for rows in (8, 64, 128)),
     Case("halves", 128, "bfloat16", 16),
     Case("crowd", 8, "bfloat16", 16),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 T, k, E, H, I, r = 6, 2, 5, 12, 7, 3  # noqa: E741
 S = T * k
-BACKEND = "route schedule shrink grouped_gemm grouped_gemm_act act_grad activated gram combine".split()
+BACKEND = "route schedule shrink grouped_gemm grouped_gemm_act act_grad act_grad_grams activated gram combine".split()
 
 # The tensors of every public function.
 TENSORS = {

@@ -99,6 +99,11 @@ HOPPER = {
     "rank 200": {"r": 200, "frozen": BASE},
     "no gate": {"has_gate": False, "activation": "relu2"},
     "gelu": {"activation": "gelu", "has_bias": True},
+    "all of the activation's gradient in one pass": {"I": 384, "frozen": BASE, "adapter_dtype": torch.float32},
+    "... rank 32 and 16-bit weights, in parts": {"I": 256, "r": 32, "frozen": BASE, "T": 3000},
+    "... rank 8, gelu": {"I": 128, "r": 8, "frozen": BASE, "activation": "gelu", "dtype": torch.float16},
+    "... gpt-oss": {"is_concatenated": False, "has_bias": True, "activation": CLAMPED, "frozen": BASE},
+    "... gpt-oss, in parts": {"is_concatenated": False, "I": 336, "T": 3000, "activation": CLAMPED, "frozen": BASE},
 }
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -106,7 +111,7 @@ needs_hopper = pytest.mark.skipif(
 
 
 def use_general_kernels(kernel, monkeypatch):
-    for name in ("grouped_gemm", "gram"):
+    for name in ("grouped_gemm", "gram", "act"):
         monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
     inner(kernel, "triton_kernels.replay")._programs.clear()
 
@@ -125,7 +130,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
     used, narrow = {}, set()
-    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow"):
+    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad"):
         module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
         answers, original = used.setdefault(name, []), getattr(module, name)
 
@@ -142,14 +147,21 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
+    in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
+    in_one_pass &= case.I % 128 == 0 if case.is_concatenated else case.r <= 16
+    assert bool(used["hopper_act_grad"]) == in_one_pass
     # Whether a product of the same rows is made with the gram, of gathered ones (2) or grouped ones (0).
     fused, alone = {(True, 2), (True, 0), (False, 2)}, {(False, 2), (False, 0)}
     expected = {8: fused, 16: fused, 32: fused, 64: alone}.get(case.r, set())
+    if in_one_pass:
+        expected = {(True, 2), (False, 2)}
     assert narrow >= expected and bool(narrow) == bool(expected)
     use_general_kernels(kernel, monkeypatch)
     want = case.run(kernel, kernel.moe_mlp, torch.device("cuda"), reference=False)
     # The general kernel makes no product of rank 32 with a gram, and adds up parts of 256 columns, not 512.
     same = want if case.r != 32 and case.E < 72 else ["output"]
+    if in_one_pass:  # parts of rows' sums are of other columns
+        same = set(same) - {"d hidden_states", "d gate_up_A", "d top_k_weights"}
     unequal = [name for name in same if not torch.equal(got[name], want[name])]
     assert not unequal
 
@@ -192,6 +204,46 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, monkeypatch):
     assert no_expert.any() and not got[0][no_expert].any() and not got[3][-int(no_expert.sum()) :].any()
     use_general_kernels(kernel, monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(got, run(), strict=True))
+
+
+@needs_hopper
+@pytest.mark.parametrize("is_concatenated", [True, False], ids=["halves", "interleaved"])
+def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
+    """Its blocks reach into the next expert's rows, and into those of no expert: neither gets into any sum."""
+    E, EXPERT = 6, 3
+    sizes = {"T": 700, "H": 256, "I": 256, "E": E, "k": 2, "r": 16, "dtype": torch.bfloat16, "frozen": BASE}
+    case = Case(**sizes, is_concatenated=is_concatenated, home=torch.device("cuda"))
+    case.top_k_index[torch.rand(700, 2, device="cuda") < 0.2] = E
+    arguments, leaves = case.layer(kernel)
+    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_act_grad")
+    original, empty, calls = module.hopper_act_grad, module.empty, []
+
+    def call(*args, **options):
+        calls.append(options["factor"].shape)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "hopper_act_grad", call)
+
+    def step() -> dict[str, torch.Tensor]:
+        inner(kernel, "triton_kernels.replay")._programs.clear()
+        out = kernel.moe_mlp(**arguments, expert_parallel=True)
+        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), case.grad.bfloat16()), strict=True))
+
+    clean = step()
+    monkeypatch.setattr(module, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    again = step()
+    assert len(calls) == 2 and all(torch.equal(again[name], clean[name]) for name in clean)
+    assert not clean["top_k_weights"][case.top_k_index == E].any() and clean["top_k_weights"].isfinite().all()
+    with torch.no_grad():
+        arguments["gate_up_proj"][EXPERT] = float("inf")
+    got = step()
+    others = torch.arange(E, device="cuda") != EXPERT
+    for name in ("gate_up_A", "gate_up_B", "down_A", "down_B"):
+        assert torch.equal(got[name][others], clean[name][others]), name
+    elsewhere = case.top_k_index != EXPERT
+    assert torch.equal(got["top_k_weights"][elsewhere], clean["top_k_weights"][elsewhere])
+    tokens = elsewhere.all(1)
+    assert torch.equal(got["hidden_states"][tokens], clean["hidden_states"][tokens])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["nobody's slots", "most slots nobody's"])

@@ -406,7 +406,11 @@ def _backward_body(
     need_up_A, need_up_B, need_down_A, need_down_B, need_weights = rest
     need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
     need_a = need_down or need_down_A
+    makes_u_up = gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A)
+    # All that reads a, or dh for its rank: one pass where a kernel makes it, which needs neither to be kept for it.
+    in_one = need_down_A and not need_down and seed is None and need_up_B and makes_u_up
     grads: List[Any] = [None] * 11
+    u_up = None
 
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
@@ -425,18 +429,32 @@ def _backward_body(
             update = run.grouped_gemm(u_down, A_down, routing, x_fan_out=0)
             _drop_activation(run, update, seed, lora_dropout, routing, out=a)
             del update
-        dh, grads[9] = run.act_grad(
-            a,  # the gradient of a until now, from here on a times the routing weights
-            h,
-            routing,
-            h_fan_out=0,
-            row_weights=weights,
-            activation=activation,
-            has_gate=has_gate,
-            is_concatenated=is_concatenated,
-            save_a=need_a,
-            dot_dtype=_dot_dtype(weights, bias_of_dot) if need_weights else None,
-        )
+        of_activation: dict[str, Any] = {
+            "row_weights": weights,
+            "activation": activation,
+            "has_gate": has_gate,
+            "is_concatenated": is_concatenated,
+            "dot_dtype": _dot_dtype(weights, bias_of_dot) if need_weights else None,
+        }
+        if in_one:
+            grads[6], grads[7] = run.empty_like(gate_up_B), run.empty_like(down_A)
+            B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2)
+            dh, grads[9], u_up = run.act_grad_grams(
+                a,
+                h,
+                routing,
+                **of_activation,
+                right_a=u_down,
+                out_a=grads[7].mT,
+                factor=B_up,
+                right_h=xa,
+                out_h=grads[6],
+                scale=gate_up_scaling,
+            )
+            del B_up
+        else:
+            # The gradient of a until now, from here on a times the routing weights.
+            dh, grads[9] = run.act_grad(a, h, routing, h_fan_out=0, save_a=need_a, **of_activation)
         if bias_of_dot is not None:
             grads[10] = _bias_dot(run, dout, bias_of_dot, routing, fan_out)
     if need_down:
@@ -446,7 +464,7 @@ def _backward_body(
     if need_down_bias:
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
-    if need_down_A:
+    if need_down_A and not in_one:
         grads[7] = run.empty_like(down_A)
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
@@ -456,17 +474,15 @@ def _backward_body(
     a = None  # its memory is free for dX
 
     # Gate and up projection.
-    u_up = A_up = None
-    if need_up_B:
+    if need_up_B and not in_one:
         grads[6] = run.empty_like(gate_up_B)
-    if gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A):
+        if not makes_u_up:
+            run.gram(dh, xa, routing, grads[6], left_fan_out=0)
+    if makes_u_up and not in_one:
         B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2)
         u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
         del B_up
-        if need_x:
-            A_up = run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
-    elif need_up_B:
-        run.gram(dh, xa, routing, grads[6], left_fan_out=0)
+    A_up = None if u_up is None or not need_x else run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT

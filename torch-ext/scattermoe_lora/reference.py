@@ -513,6 +513,44 @@ def shrink_gram(
     return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
 
 
+def act_grad_grams(
+    g: Tensor,
+    h: Tensor,
+    routing: Routing,
+    *,
+    row_weights: Tensor,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    dot_dtype: torch.dtype | None,
+    right_a: Tensor,
+    out_a: Tensor,
+    factor: Tensor,
+    right_h: Tensor,
+    out_h: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`act_grad` of grouped ``h``, the `gram` of ``row_weight * a`` and ``right_a``, and the `shrink_gram` of ``dh``.
+
+    Returns:
+        ``(dh, dot, product)``. ``g`` is overwritten, by nothing of use.
+    """
+    dh, dot = act_grad(
+        g,
+        h,
+        routing,
+        h_fan_out=0,
+        row_weights=row_weights,
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+        save_a=True,
+        dot_dtype=dot_dtype,
+    )
+    gram(g, right_a, routing, out_a, left_fan_out=0)
+    return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)
+
+
 def combine(
     y: Tensor,
     weights: Tensor | None,

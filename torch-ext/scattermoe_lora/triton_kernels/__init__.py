@@ -4,7 +4,7 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 16-bit ones, which have one precision, compile for every GPU (gfx950 refuses ``tf32`` even for them).
 """
 
-from .act import act_grad, activated, activated_grad
+from .act import act_grad, act_grad_grams, activated, activated_grad
 from .cast import in_factor
 from .combine import combine
 from .device import tile_rows
@@ -18,6 +18,7 @@ from .shrink import shrink
 
 __all__ = [
     "act_grad",
+    "act_grad_grams",
     "activated",
     "activated_grad",
     "columns",

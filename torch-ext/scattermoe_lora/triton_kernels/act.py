@@ -19,7 +19,8 @@ from .. import tiles
 from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
-from .device import gpu
+from .device import HOPPER_ROWS, gpu, has_hopper_kernels
+from .gram import chunks, gram, shrink_gram
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -253,6 +254,64 @@ def act_grad(
         BLOCK_N=tile.block_n,
     )
     return dh, dot
+
+
+def act_grad_grams(
+    g: Tensor,
+    h: Tensor,
+    routing: Routing,
+    *,
+    row_weights: Tensor,
+    activation: str,
+    has_gate: bool,
+    is_concatenated: bool,
+    dot_dtype: torch.dtype | None,
+    right_a: Tensor,
+    out_a: Tensor,
+    factor: Tensor,
+    right_h: Tensor,
+    out_h: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `reference.act_grad_grams`: on Hopper in one pass where the ranks are small, else in three."""
+    if has_gate and routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(g).architecture):
+        from . import hopper_act_grad
+
+        if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
+            chunk, partial_a = chunks(routing, out_a, right_a.shape[1])
+            _, partial_h = chunks(routing, out_h, right_h.shape[1])
+            return hopper_act_grad.hopper_act_grad(
+                g,
+                h,
+                routing,
+                row_weights=row_weights,
+                activation=constants(activation),
+                is_concatenated=is_concatenated,
+                dot_dtype=dot_dtype,
+                right_a=right_a,
+                out_a=out_a,
+                factor=factor,
+                right_h=right_h,
+                out_h=out_h,
+                scale=scale,
+                chunk=chunk,
+                partial_a=partial_a,
+                partial_h=partial_h,
+            )
+    dh, dot = act_grad(
+        g,
+        h,
+        routing,
+        h_fan_out=0,
+        row_weights=row_weights,
+        activation=activation,
+        has_gate=has_gate,
+        is_concatenated=is_concatenated,
+        save_a=True,
+        dot_dtype=dot_dtype,
+    )
+    gram(g, right_a, routing, out_a, left_fan_out=0)
+    return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)
 
 
 def activated(h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:

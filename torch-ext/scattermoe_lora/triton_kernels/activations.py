@@ -68,5 +68,5 @@ def gated_slopes(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
         factor_slope = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, 1.0)
     else:
         slope = act_grad(gate, NAME)
-        factor_slope = tl.full(up.shape, 1.0, tl.float32)
+        factor_slope = 1.0
     return slope, factor_slope

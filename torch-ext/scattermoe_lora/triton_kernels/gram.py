@@ -185,7 +185,7 @@ def gram(
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
         rank = right.shape[1]
-        chunk, partial = _chunks(routing, out, rank)
+        chunk, partial = chunks(routing, out, rank)
         columns = narrow.tile_columns(num_experts, P, rank, gpu(left).processors)
         narrow.hopper_narrow(
             left, right, routing, out, x_fan_out=left_fan_out, columns=columns, chunk=chunk, partial=partial
@@ -235,7 +235,7 @@ def shrink_gram(
     products = empty(parts, size, dtype=torch.float32, device=x.device)
     both: dict[str, Any] = {"factor": factor, "products": products, "scale": scale}
     if narrow is not None:
-        chunk, partial = _chunks(routing, out, Q)
+        chunk, partial = chunks(routing, out, Q)
         narrow.hopper_narrow(
             x, right, routing, out, x_fan_out=x_fan_out, columns=columns, chunk=chunk, partial=partial, **both
         )
@@ -266,7 +266,7 @@ def _hopper_narrow(
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
 
 
-def _chunks(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
+def chunks(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
     """Rows that are summed at once, and room for the sums of those beyond, if an expert may have more of them."""
     # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
     chunk = max(CHUNK, tiles.next_power_of_2(routing.num_slots) // 32)
@@ -293,7 +293,7 @@ def _launch(
     """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
     num_experts, P, out_columns = out.shape
     Q = out_columns if right is None else right.shape[1]
-    chunk, partial = _chunks(routing, out, Q)
+    chunk, partial = chunks(routing, out, Q)
     parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
     for part, units in parts:
         launch(

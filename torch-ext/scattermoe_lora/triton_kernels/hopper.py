@@ -50,12 +50,20 @@ def block(stage, descriptor, PARTS: gl.constexpr, part: gl.constexpr = 0):
 
 
 @gluon.jit
-def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A stage's memory, or the first part of it, as a matrix whose columns are contiguous."""
+def parts(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A stage's memory as matrices after one another, whose columns are contiguous.
+
+    Of a wider one that is 64 columns after 64.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], stage.dtype)
     PARTS: gl.constexpr = stage.shape[0] * stage.shape[1] // (ROWS * COLUMNS)
-    parts = _reinterpret(stage, stage.dtype, [PARTS, ROWS, COLUMNS], layout)
-    return parts.index(0)
+    return _reinterpret(stage, stage.dtype, [PARTS, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A stage's memory, or the first part of it, as a matrix whose columns are contiguous."""
+    return parts(stage, ROWS, COLUMNS).index(0)
 
 
 @gluon.jit

@@ -36,13 +36,13 @@ def _add(a, b):
 @gluon.jit
 def _more_chunks(offsets_ptr, num_experts, CHUNK: gl.constexpr, EXPERTS: gl.constexpr):
     """Of every expert: ``(index, first row, end, chunks beyond the first)``."""
-    e = gl.arange(0, EXPERTS, layout=gl.BlockedLayout([EXPERTS // 32], [32], [4], [0]))
+    e = gl.arange(0, EXPERTS, layout=gl.BlockedLayout([EXPERTS // 32], [32], [gl.num_warps()], [0]))
     start, end, more = further_chunks(offsets_ptr, e, num_experts, CHUNK)
     return e, start, end, more
 
 
 @gluon.jit
-def _num_units(
+def num_units(
     offsets_ptr, num_experts, P, PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr, WIDTH: gl.constexpr
 ):
     """Tiles of all experts, or of the chunks beyond their first ones."""
@@ -54,7 +54,7 @@ def _num_units(
 
 
 @gluon.jit
-def _unit(
+def unit_of(
     offsets_ptr, unit, num_experts, P, PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr,
     EXPERTS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _unit(
 
 
 @gluon.jit
-def _steps(start, end, BLOCK_M: gl.constexpr):
+def steps_of(start, end, BLOCK_M: gl.constexpr):
     """Blocks of rows; without rows one, of zeros."""
     return gl.maximum(gl.cdiv(end - start, BLOCK_M), 1)
 
@@ -106,17 +106,17 @@ def _load(
     phase = 1
     turn = 0
     turn_phase = 1
-    num_units = _num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
-    expert, start, end, tile, _chunk = _unit(
+    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    expert, start, end, tile, _chunk = unit_of(
         offsets_ptr, gl.program_id(0), num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
     )
     slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
-    for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        steps = _steps(start, end, BLOCK_M)
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        steps = steps_of(start, end, BLOCK_M)
         p = tile * WIDTH
         # A unit ahead, as the slots of its first rows wait for it, and its copies for them.
-        following = gl.minimum(unit + gl.num_programs(0), num_units - 1)
-        next_expert, next_start, next_end, next_tile, _chunk = _unit(
+        following = gl.minimum(unit + gl.num_programs(0), units - 1)
+        next_expert, next_start, next_end, next_tile, _chunk = unit_of(
             offsets_ptr, following, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
         )
         if HAS_FACTOR:
@@ -155,7 +155,20 @@ def _load(
 
 
 @gluon.jit
-def _store(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART: gl.constexpr):
+def earlier_chunks(
+    offsets_ptr, expert, num_experts, chunk, PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr
+):
+    """How many further chunks the experts before have, if this one's first chunk has any."""
+    earlier = 0
+    if PART == "first":
+        if chunk > 0:
+            e, _starts, _ends, more = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
+            earlier = gl.sum(gl.where(e < expert, more, 0), axis=0)
+    return earlier
+
+
+@gluon.jit
+def store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART: gl.constexpr):
     """Stores the sums of a stage's columns, with those of ``chunk`` further chunks from ``earlier`` on; a further
     chunk's own as partial ones."""
     Q: gl.constexpr = acc.shape[1]
@@ -186,15 +199,15 @@ def _sum(
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     stage = 0
     phase = 0
-    num_units = _num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
-    for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        expert, start, end, tile, chunk = _unit(
+    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        expert, start, end, tile, chunk = unit_of(
             offsets_ptr, unit, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
         )
         # New ones: to go on with what was stored, and added to, takes another 128 registers a thread at rank 64.
         acc = gl.zeros((BLOCK_P, BLOCK_Q), gl.float32, layout=products)
         second = gl.zeros((BLOCK_P, BLOCK_Q), gl.float32, layout=products)
-        for k in range(0, _steps(start, end, BLOCK_M)):
+        for k in range(0, steps_of(start, end, BLOCK_M)):
             wait_full(full.index(stage), phase, True)
             acc = add_product(x_ring.index(stage).permute((1, 0)), right_ring.index(stage), acc)
             mbarrier.arrive(empty.index(before(stage, STAGES)), pred=k > 0)
@@ -210,16 +223,13 @@ def _sum(
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(stage, STAGES)))
-        earlier = 0
-        if PART == "first":
-            if chunk > 0:
-                e, _starts, _ends, more = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
-                earlier = gl.sum(gl.where(e < expert, more, 0), axis=0)
+        earlier = earlier_chunks(offsets_ptr, expert, num_experts, chunk, PART, CHUNK, EXPERTS)
         out = out_ptr + expert.to(gl.int64) * stride_oe
         p = tile * WIDTH
-        _store(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
+        store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
         if PIECES == 2:
-            _store(second, out, partial_ptr, p + BLOCK_P, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
+            p += BLOCK_P
+            store_sums(second, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
 
 
 @gluon.jit
@@ -237,12 +247,12 @@ def _project(
     product = gl.zeros((BLOCK_M, BLOCK_Q), gl.float32, layout=products)
     row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, products))
     q = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, products))
-    num_units = _num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
-    for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        _expert, start, end, tile, _chunk = _unit(
+    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        _expert, start, end, tile, _chunk = unit_of(
             offsets_ptr, unit, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
         )
-        for k in range(0, _steps(start, end, BLOCK_M)):
+        for k in range(0, steps_of(start, end, BLOCK_M)):
             for piece in gl.static_range(PIECES):
                 wait_full(full.index(stage), phase, True)
                 factor = factors.index(PIECES * turn + piece)
