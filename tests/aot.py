@@ -402,8 +402,9 @@ def _last_line(text: str) -> str:
 def _labels(name: str, signature: dict, constants: dict, options) -> dict[str, str]:
     blocks = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("EXPERTS", "GROUPS"))
     pointer = next(kind for kind in signature.values() if str(kind).startswith("*"))
+    part = constants.get("PART") or ("chunked" if constants.get("CHUNKED") else None)
     return {
-        "kernel": " ".join(filter(None, (name.strip("_").removesuffix("_kernel"), constants.get("PART")))),
+        "kernel": " ".join(filter(None, (name.strip("_").removesuffix("_kernel"), part))),
         "tile": f"{blocks} w{options.num_warps} s{options.num_stages}",
         "dtype": pointer.lstrip("*"),
     }

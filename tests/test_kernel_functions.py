@@ -273,7 +273,7 @@ def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeyp
     """Hot experts beside idle ones: their rows are cut into chunks, and every row is counted once."""
     on_gpu = device.type == "cuda"
     if few and request.config.getoption("--device") != "cpu":
-        monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "CHUNK", 16)
+        monkeypatch.setattr(inner(kernel, "tiles"), "chunk_rows", lambda num_slots, num_experts: 16)
         monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "CHUNKED", 32)
     elif not few and not on_gpu:
         pytest.skip("thousands of rows, for a GPU")

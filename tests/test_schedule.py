@@ -1,4 +1,7 @@
-"""Which program computes which tile of a product: all are computed once, and long and short ones go round."""
+"""Which program computes which tile of a product: all are computed once, and long and short ones go round.
+
+And which chunks of rows a hot expert has, whose sums are added up.
+"""
 
 import pytest
 import torch
@@ -45,3 +48,45 @@ def test_no_program_has_all_the_long_tiles(kernel, height, programs):
     assert all_tiles.max() - all_tiles.min() <= 1
     share = height * short / all_tiles
     assert 0.5 < share.min() and share.max() < 1.5, "a program has its share of the short tiles"
+
+
+@pytest.mark.interpreter
+def test_totals_of_chunks_and_of_tiles(kernel, monkeypatch):
+    """What is in parts is added up where it belongs, and nothing else is written."""
+    monkeypatch.setattr(inner(kernel, "tiles"), "chunk_rows", lambda num_slots, num_experts: 16)
+    run, totals = inner(kernel, "triton_kernels"), inner(kernel, "triton_kernels.totals")
+    offsets = torch.tensor([0, 40, 16, 17, 0, 5]).cumsum(0)
+    num_experts, num_slots, num_rows = len(offsets), 85, 78  # 7 slots of no expert
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_slots, generator=generator)
+    schedule = run.schedule(offsets, num_slots, ROWS)
+    number, at = schedule[0, 2:].tolist()
+    chunks = schedule[1 + at :][:number].tolist()
+    assert chunks == [[1, 0, 40, 0], [1, 16, 40, 0], [1, 32, 40, 0], [3, 56, 73, 3], [3, 72, 73, 3]]
+    routing = inner(kernel, "types").Routing(order, offsets, schedule, ROWS)
+
+    def parts(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    (P_a, Q_a), (P_h, Q_h), room = (70, 16), (40, 32), inner(kernel, "tiles").num_chunks(num_slots, num_experts)
+    partial_a, partial_h = parts(room, P_a, Q_a), parts(room, P_h, Q_h)
+    out_a = torch.full((num_experts, 9, P_a), -1.0).mT  # of a padded rank 9 columns are
+    out_h = torch.full((num_experts, P_h, Q_h), -1.0)
+    products, dots = totals.parts(11, num_slots, Q_h, order.device), totals.parts(20, num_slots, 1, order.device)
+    products.copy_(parts(*products.shape))
+    dots.copy_(parts(*dots.shape))
+    product, dot = torch.full((num_slots, Q_h), -1.0), torch.full((num_slots,), -1.0)
+    given = {"products": products, "product": product, "dots": dots, "dot": dot}
+    totals.totals(routing, chunk=16, grams=((partial_a, out_a), (partial_h, out_h)), **given)
+
+    for out, partial in ((out_a, partial_a), (out_h, partial_h)):
+        torch.testing.assert_close(out[1], partial[:3].sum(0)[:, : out.shape[2]])
+        torch.testing.assert_close(out[3], partial[3:5].sum(0)[:, : out.shape[2]])
+        assert (out[[0, 2, 4, 5]] == -1).all()
+    torch.testing.assert_close(product, products.sum(0)[: num_slots * Q_h].view(num_slots, Q_h))
+    torch.testing.assert_close(dot[order[:num_rows]], dots.sum(0)[:num_rows])
+    assert not dot[order[num_rows:]].any()
+
+    alone = torch.full_like(out_h, -1.0)
+    totals.totals(routing, chunk=16, grams=((partial_h, alone),))
+    assert torch.equal(alone, out_h)

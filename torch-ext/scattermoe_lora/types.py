@@ -17,9 +17,11 @@ class Routing:
     Attributes:
         scattered_idxs: int64 ``[S]``; the slot that each grouped row stands for.
         expert_offsets: int64 ``[E]``; cumulative: expert ``e`` owns grouped rows ``[offsets[e - 1], offsets[e])``.
-        tiles: int32 ``[n, 4]``, the kernels' schedule: first how many row tiles the experts have, and how many with
-            those of no expert; then (expert, first grouped row, end of the expert's rows, the expert's first tile) of
-            each tile, expert ``E`` for rows of no expert. Empty for the CPU backend, which needs none.
+        tiles: int32 ``[n, 4]``, the kernels' schedule: first how many row tiles the experts have, how many with those
+            of no expert, how many chunks a narrow gram has of the experts whose rows it cuts into several, and which
+            of the following entries are theirs; then (expert, first grouped row, end of the expert's rows, the
+            expert's first tile) of each tile, expert ``E`` for rows of no expert, and the same of each chunk. Empty
+            for the CPU backend, which needs none.
         tile_rows: how many rows a tile has.
     """
 

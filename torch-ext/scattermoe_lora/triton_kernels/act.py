@@ -20,7 +20,7 @@ from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
 from .device import HOPPER_ROWS, gpu, has_hopper_kernels
-from .gram import chunks, gram, shrink_gram
+from .gram import gram, partial_sums, shrink_gram
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -278,8 +278,8 @@ def act_grad_grams(
         from . import hopper_act_grad
 
         if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
-            chunk, partial_a = chunks(routing, out_a, right_a.shape[1])
-            _, partial_h = chunks(routing, out_h, right_h.shape[1])
+            chunk, partial_a = partial_sums(routing, out_a, right_a.shape[1])
+            _, partial_h = partial_sums(routing, out_h, right_h.shape[1])
             return hopper_act_grad.hopper_act_grad(
                 g,
                 h,

@@ -20,13 +20,11 @@ from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, further_chunks, operand_rows
 from .shrink import shrink
+from .totals import parts, totals
 
-# Rows of one expert that a program sums: more are summed by further programs, in parts that are added in order. One
-# expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one program summed all its rows.
-CHUNK = 2048
 # Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
 # one expert, and fewer rows are summed before the host has launched another kernel.
-NARROW, CHUNKED = 64, 2 * CHUNK
+NARROW, CHUNKED = 64, 4096
 # Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
 # at rank 16 and 256 columns an eighth of what a second pass would read. Alone on an H100 105 us for 161 at rank 16 (dH
 # of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral); of gathered rows, which come from L2, 114 for 121 and 235 for
@@ -36,10 +34,10 @@ FUSED_RANK, HOPPER_FUSED_RANK, FUSED_ELEMENTS = 16, 32, 65535 * MAX_BLOCK
 
 
 @triton.jit
-def _more_chunks(offsets_ptr, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
+def _more_chunks(offsets_ptr, num_experts, chunk_rows, EXPERTS: tl.constexpr):
     """Of every expert: ``(index, first row, end, chunks beyond the first, those of it and the experts before)``."""
     e = tl.arange(0, EXPERTS)
-    start, end, more = further_chunks(offsets_ptr, e, num_experts, CHUNK)
+    start, end, more = further_chunks(offsets_ptr, e, num_experts, chunk_rows)
     return e, start, end, more, tl.cumsum(more)
 
 
@@ -56,6 +54,7 @@ def _gram_kernel(
     scattered_ptr,
     scale,
     num_experts,
+    chunk_rows,
     P,
     Q,
     out_columns,
@@ -76,7 +75,6 @@ def _gram_kernel(
     HAS_WEIGHTS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     PART: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -97,19 +95,19 @@ def _gram_kernel(
     p = (tile // q_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = (tile % q_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if PART == "rest":
-        e, starts, ends, more, more_until = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
+        e, starts, ends, more, more_until = _more_chunks(offsets_ptr, num_experts, chunk_rows, EXPERTS)
         if unit >= tl.max(more_until):
             return
         mine = e == tl.sum((more_until <= unit).to(tl.int32))
         chunk = 1 + unit - tl.sum(tl.where(mine, more_until - more, 0))
         expert = tl.sum(tl.where(mine, e, 0))
-        start = tl.sum(tl.where(mine, starts, 0)) + chunk * CHUNK
-        end = tl.minimum(tl.sum(tl.where(mine, ends, 0)), start + CHUNK)
+        start = tl.sum(tl.where(mine, starts, 0)) + chunk * chunk_rows
+        end = tl.minimum(tl.sum(tl.where(mine, ends, 0)), start + chunk_rows)
     else:
         expert = unit
         start, end = expert_rows(offsets_ptr, unit)
         if PART == "first":
-            end = tl.minimum(end, start + CHUNK)
+            end = tl.minimum(end, start + chunk_rows)
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     inside = (p < P)[:, None] & (q < Q)[None, :]
@@ -150,7 +148,7 @@ def _gram_kernel(
     else:
         if PART == "first":
             if tl.load(offsets_ptr + unit).to(tl.int32) > end:
-                e, starts, ends, more, more_until = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
+                e, starts, ends, more, more_until = _more_chunks(offsets_ptr, num_experts, chunk_rows, EXPERTS)
                 chunks = tl.sum(tl.where(e == unit, more, 0))
                 before = tl.sum(tl.where(e == unit, more_until, 0)) - chunks
                 for chunk in range(chunks):
@@ -185,11 +183,12 @@ def gram(
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
         rank = right.shape[1]
-        chunk, partial = chunks(routing, out, rank)
+        chunk, partial = partial_sums(routing, out, rank)
         columns = narrow.tile_columns(num_experts, P, rank, gpu(left).processors)
         narrow.hopper_narrow(
             left, right, routing, out, x_fan_out=left_fan_out, columns=columns, chunk=chunk, partial=partial
         )
+        totals(routing, chunk=chunk, grams=((partial, out),))
         return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
@@ -223,25 +222,35 @@ def shrink_gram(
     if not fused or not 0 < num_slots * Q <= FUSED_ELEMENTS or P == 0:
         gram(x, right, routing, out, left_fan_out=x_fan_out)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
-    tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
-    columns = tile.block_m
     if narrow is not None:
         columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
-    parts = tiles.cdiv(P, columns)
+        products = parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
+        chunk, partial = partial_sums(routing, out, Q)
+        narrow.hopper_narrow(
+            x,
+            right,
+            routing,
+            out,
+            x_fan_out=x_fan_out,
+            columns=columns,
+            chunk=chunk,
+            partial=partial,
+            factor=factor,
+            products=products,
+            scale=scale,
+        )
+        product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
+        totals(routing, chunk=chunk, grams=((partial, out),), products=products, product=product)
+        return product
+    tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
     # it adds up in the padding and in rows of no expert was never written, and is never read.
     size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
     product = empty(1, size, dtype=factor.dtype, device=factor.device)
-    products = empty(parts, size, dtype=torch.float32, device=x.device)
+    products = empty(tiles.cdiv(P, tile.block_m), size, dtype=torch.float32, device=x.device)
     both: dict[str, Any] = {"factor": factor, "products": products, "scale": scale}
-    if narrow is not None:
-        chunk, partial = chunks(routing, out, Q)
-        narrow.hopper_narrow(
-            x, right, routing, out, x_fan_out=x_fan_out, columns=columns, chunk=chunk, partial=partial, **both
-        )
-    else:
-        _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
-    combine(products, None, product, fan_out=parts)
+    _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
+    combine(products, None, product, fan_out=products.shape[0])
     return product[0, : num_slots * Q].view(num_slots, Q)
 
 
@@ -266,14 +275,13 @@ def _hopper_narrow(
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
 
 
-def chunks(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
-    """Rows that are summed at once, and room for the sums of those beyond, if an expert may have more of them."""
-    # A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting.
-    chunk = max(CHUNK, tiles.next_power_of_2(routing.num_slots) // 32)
+def partial_sums(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
+    """Rows that are summed at once, and room for the sums of every chunk, if an expert may have several."""
+    chunk = tiles.chunk_rows(routing.num_slots, routing.num_experts)
     if Q > NARROW or routing.num_slots <= CHUNKED:
         return chunk, None
-    more = (routing.num_slots - 1) // chunk
-    return chunk, empty(more, out.shape[1], Q, dtype=torch.float32, device=out.device)
+    number = tiles.num_chunks(routing.num_slots, routing.num_experts)
+    return chunk, empty(number, out.shape[1], Q, dtype=torch.float32, device=out.device)
 
 
 def _launch(
@@ -293,8 +301,8 @@ def _launch(
     """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
     num_experts, P, out_columns = out.shape
     Q = out_columns if right is None else right.shape[1]
-    chunk, partial = chunks(routing, out, Q)
-    parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
+    chunk, partial = partial_sums(routing, out, Q)
+    parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0] // 2), ("first", num_experts)]
     for part, units in parts:
         launch(
             _gram_kernel,
@@ -313,6 +321,7 @@ def _launch(
             (
                 scale,
                 num_experts,
+                chunk,
                 P,
                 Q,
                 out_columns,
@@ -330,7 +339,6 @@ def _launch(
             HAS_WEIGHTS=row_weights is not None,
             HAS_FACTOR=factor is not None,
             PART=part,
-            CHUNK=chunk,
             EXPERTS=max(16, tiles.next_power_of_2(num_experts)),
             BLOCK_P=tile.block_m,
             BLOCK_Q=tile.block_n,

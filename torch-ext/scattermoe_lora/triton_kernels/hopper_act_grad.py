@@ -8,8 +8,6 @@ H200 Qwen3-30B-A3B's three passes of 8192 tokens took PLACEHOLDER us for 252.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,17 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import tiles
 from ..types import Routing
-from . import activations
+from . import activations, totals
 from .device import gpu
 from .hopper import COPIES, barriers, copy_rows, descriptor, load_block, next_stage, parts, rows_arrive, wait_full
-from .hopper_narrow import earlier_chunks, num_units, steps_of, store_sums, unit_of
+from .hopper_narrow import num_units, steps_of, store_sums, unit_of
 from .launch import empty, launch
 
-# Units and rows of a stage, and the rows that a program adds parts of.
-UNITS, ROWS, TOTAL_ROWS = 128, 64, 32
-# The warps that make half of a stage's units each, and registers a thread of these by the larger rank: those that sum
-# need more at 32. With 40 for the loading ones, or 64 where there are 56, Triton 3.6 or 3.9 spills 80 to 150 bytes.
-WARPS, REGISTERS, LOADING_REGISTERS = gl.constexpr(8), {16: 64, 32: 56}, gl.constexpr(48)
+# Units and rows of a stage.
+UNITS, ROWS = 128, 64
+# The warps that make half of a stage's units each, and registers a thread of theirs and of the loading ones, by the
+# larger rank; those that sum have what is left, and need more at 32. With others Triton 3.6 or 3.9 spills 72 to 180.
+WARPS, REGISTERS = gl.constexpr(8), {16: (72, 56), 32: (56, 64)}
 # How they hold 32 rows of 64 units, a row in eight threads, and of gate and up next to one another.
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
 PAIRS = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0]))
@@ -49,9 +47,9 @@ def _block_columns(n, N, CONCATENATED: gl.constexpr, UNITS: gl.constexpr):
 
 @gluon.jit
 def _load(
-    g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, offsets_ptr, scattered_ptr, g_ring, left_ring,
-    right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty, unused, num_experts, N, stride_fe,
-    stride_fp, CONCATENATED: gl.constexpr, PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr,
+    g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, tiles_ptr, offsets_ptr, scattered_ptr, g_ring, left_ring,
+    right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty, unused, num_experts, chunk_rows, N,
+    stride_fe, stride_fp, CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr,
     STAGES: gl.constexpr, Q_A: gl.constexpr, Q_H: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
@@ -61,9 +59,10 @@ def _load(
     phase = 1
     turn = 0
     turn_phase = 1
-    units = num_units(offsets_ptr, num_experts, N, PART, CHUNK, EXPERTS, UNITS)
+    units = num_units(tiles_ptr, num_experts, N, CHUNKED, UNITS)
+    own = gl.minimum(gl.program_id(0), units - 1)
     expert, start, end, tile, _chunk = unit_of(
-        offsets_ptr, gl.program_id(0), num_experts, N, PART, False, CHUNK, EXPERTS, UNITS
+        tiles_ptr, offsets_ptr, own, num_experts, chunk_rows, N, CHUNKED, False, UNITS
     )
     slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
     weights = gl.load(weights_ptr + slots, mask=start + row < end, other=0.0)
@@ -72,7 +71,7 @@ def _load(
         # A tile ahead, as the weights of its first rows wait for their slots, and these for it.
         following = gl.minimum(unit + gl.num_programs(0), units - 1)
         next_expert, next_start, next_end, next_tile, _chunk = unit_of(
-            offsets_ptr, following, num_experts, N, PART, False, CHUNK, EXPERTS, UNITS
+            tiles_ptr, offsets_ptr, following, num_experts, chunk_rows, N, CHUNKED, False, UNITS
         )
         n = tile * UNITS
         left, right = _block_columns(n, N, CONCATENATED, UNITS)
@@ -178,9 +177,9 @@ def _store(dh_ptr, dot_ptr, d_gate, d_up, dot, rows, inside, n, N, CONCATENATED:
 
 @gluon.jit
 def _derive(
-    dh_ptr, dots_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready, num_experts, N,
-    stride_dt, HALF: gl.constexpr, CONCATENATED: gl.constexpr, PART: gl.constexpr, CHUNK: gl.constexpr,
-    EXPERTS: gl.constexpr, STAGES: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr, ACTIVATION: gl.constexpr,
+    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready, num_experts,
+    chunk_rows, N, stride_dt, HALF: gl.constexpr, CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr,
+    STAGES: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr, ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Some warps: of the first (HALF 0) or the second 64 units of every stage ``a`` in place of ``g``, and ``dh`` in
@@ -188,10 +187,10 @@ def _derive(
     row = gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, HALVES))
     stage = 0
     phase = 0
-    units = num_units(offsets_ptr, num_experts, N, PART, CHUNK, EXPERTS, UNITS)
+    units = num_units(tiles_ptr, num_experts, N, CHUNKED, UNITS)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _expert, start, end, tile, _chunk = unit_of(
-            offsets_ptr, unit, num_experts, N, PART, False, CHUNK, EXPERTS, UNITS
+            tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, N, CHUNKED, False, UNITS
         )
         n = tile * UNITS + HALF * 64
         dot_ptr = dots_ptr + (2 * tile + HALF).to(gl.int64) * stride_dt
@@ -233,10 +232,10 @@ def _derive(
 
 @gluon.jit
 def _sum(
-    out_a_ptr, out_h_ptr, partial_a_ptr, partial_h_ptr, products_ptr, offsets_ptr, g_ring, left_ring, right_ring,
-    right_a_ring, right_h_ring, factors, ready, empty, unused, num_experts, N, columns_a, columns_h, scale,
-    stride_pt, stride_ae, stride_ap, stride_aq, stride_he, stride_hp, stride_hq, CONCATENATED: gl.constexpr,
-    PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr, STAGES: gl.constexpr, Q_A: gl.constexpr,
+    out_a_ptr, out_h_ptr, partial_a_ptr, partial_h_ptr, products_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring,
+    right_ring, right_a_ring, right_h_ring, factors, ready, empty, unused, num_experts, chunk_rows, N, columns_a,
+    columns_h, scale, stride_pt, stride_ae, stride_ap, stride_aq, stride_he, stride_hp, stride_hq,
+    CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr, STAGES: gl.constexpr, Q_A: gl.constexpr,
     Q_H: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: both grams, and the part that a tile's units have in each row's product."""
@@ -248,10 +247,10 @@ def _sum(
     product = gl.zeros((ROWS, Q_H), gl.float32, layout=sums_h)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_h))
     q = gl.arange(0, Q_H, layout=gl.SliceLayout(0, sums_h))
-    units = num_units(offsets_ptr, num_experts, N, PART, CHUNK, EXPERTS, UNITS)
+    units = num_units(tiles_ptr, num_experts, N, CHUNKED, UNITS)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, start, end, tile, chunk = unit_of(
-            offsets_ptr, unit, num_experts, N, PART, False, CHUNK, EXPERTS, UNITS
+            tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, N, CHUNKED, False, UNITS
         )
         of_a = gl.zeros((UNITS, Q_A), gl.float32, layout=sums_a)
         of_left = gl.zeros((UNITS, Q_H), gl.float32, layout=sums_h)
@@ -275,14 +274,13 @@ def _sum(
             gl.store(out, product * scale, mask=(rows < end)[:, None])
         mbarrier.arrive(unused.index(turn))
         turn = 1 - turn
-        earlier = earlier_chunks(offsets_ptr, expert, num_experts, chunk, PART, CHUNK, EXPERTS)
         out_a = out_a_ptr + expert.to(gl.int64) * stride_ae
         out_h = out_h_ptr + expert.to(gl.int64) * stride_he
         n = tile * UNITS
         left, right = _block_columns(n, N, CONCATENATED, UNITS)
-        store_sums(of_a, out_a, partial_a_ptr, n, N, columns_a, stride_ap, stride_aq, earlier, chunk, PART)
-        store_sums(of_left, out_h, partial_h_ptr, left, 2 * N, columns_h, stride_hp, stride_hq, earlier, chunk, PART)
-        store_sums(of_right, out_h, partial_h_ptr, right, 2 * N, columns_h, stride_hp, stride_hq, earlier, chunk, PART)
+        store_sums(of_a, out_a, partial_a_ptr, n, N, columns_a, stride_ap, stride_aq, chunk, CHUNKED)
+        store_sums(of_left, out_h, partial_h_ptr, left, 2 * N, columns_h, stride_hp, stride_hq, chunk, CHUNKED)
+        store_sums(of_right, out_h, partial_h_ptr, right, 2 * N, columns_h, stride_hp, stride_hq, chunk, CHUNKED)
 
 
 @gluon.jit
@@ -300,10 +298,12 @@ def _hopper_act_grad_kernel(
     partial_a_ptr,
     partial_h_ptr,
     products_ptr,
+    tiles_ptr,
     offsets_ptr,
     scattered_ptr,
     scale,
     num_experts,
+    chunk_rows,
     N,
     columns_a,
     columns_h,
@@ -322,15 +322,14 @@ def _hopper_act_grad_kernel(
     LIMIT: gl.constexpr,
     SHIFT: gl.constexpr,
     CONCATENATED: gl.constexpr,
-    PART: gl.constexpr,
-    CHUNK: gl.constexpr,
-    EXPERTS: gl.constexpr,
+    CHUNKED: gl.constexpr,
     STAGES: gl.constexpr,
     Q_A: gl.constexpr,
     Q_H: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
     REGISTERS: gl.constexpr,
+    LOADING_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = g.dtype
     block: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], dtype)
@@ -352,82 +351,41 @@ def _hopper_act_grad_kernel(
             (
                 _sum,
                 (
-                    out_a_ptr, out_h_ptr, partial_a_ptr, partial_h_ptr, products_ptr, offsets_ptr, g_ring, left_ring,
-                    right_ring, right_a_ring, right_h_ring, factors, ready, empty, unused, num_experts, N, columns_a,
-                    columns_h, scale, stride_pt, stride_ae, stride_ap, stride_aq, stride_he, stride_hp, stride_hq,
-                    CONCATENATED, PART, CHUNK, EXPERTS, STAGES, Q_A, Q_H, BLOCK_N, BLOCK_M,
+                    out_a_ptr, out_h_ptr, partial_a_ptr, partial_h_ptr, products_ptr, tiles_ptr, offsets_ptr, g_ring,
+                    left_ring, right_ring, right_a_ring, right_h_ring, factors, ready, empty, unused, num_experts,
+                    chunk_rows, N, columns_a, columns_h, scale, stride_pt, stride_ae, stride_ap, stride_aq, stride_he,
+                    stride_hp, stride_hq, CONCATENATED, CHUNKED, STAGES, Q_A, Q_H, BLOCK_N, BLOCK_M,
                 ),
             ),
             (
                 _derive,
                 (
-                    dh_ptr, dots_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
-                    num_experts, N, stride_dt, 0, CONCATENATED, PART, CHUNK, EXPERTS, STAGES, BLOCK_N, BLOCK_M,
+                    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
+                    num_experts, chunk_rows, N, stride_dt, 0, CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M,
                     ACTIVATION, ALPHA, LIMIT, SHIFT,
                 ),
             ),
             (
                 _derive,
                 (
-                    dh_ptr, dots_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
-                    num_experts, N, stride_dt, 1, CONCATENATED, PART, CHUNK, EXPERTS, STAGES, BLOCK_N, BLOCK_M,
+                    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
+                    num_experts, chunk_rows, N, stride_dt, 1, CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M,
                     ACTIVATION, ALPHA, LIMIT, SHIFT,
                 ),
             ),
             (
                 _load,
                 (
-                    g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, offsets_ptr, scattered_ptr, g_ring,
-                    left_ring, right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty, unused,
-                    num_experts, N, stride_fe, stride_fp, CONCATENATED, PART, CHUNK, EXPERTS, STAGES, Q_A, Q_H,
-                    BLOCK_N, BLOCK_M,
+                    g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, tiles_ptr, offsets_ptr, scattered_ptr,
+                    g_ring, left_ring, right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty,
+                    unused, num_experts, chunk_rows, N, stride_fe, stride_fp, CONCATENATED, CHUNKED, STAGES, Q_A,
+                    Q_H, BLOCK_N, BLOCK_M,
                 ),
             ),
         ],
         [WARPS, WARPS, 4],
         [REGISTERS, REGISTERS, LOADING_REGISTERS],
     )  # fmt: skip
-
-
-# Sizes that follow the number of tokens are not compiled for being 1 or divisible by 16, as in `route`.
-@triton.jit(do_not_specialize=["num_slots"])
-def _total_kernel(
-    products_ptr,
-    dots_ptr,
-    product_ptr,
-    dot_ptr,
-    offsets_ptr,
-    scattered_ptr,
-    num_slots,
-    num_experts,
-    num_tiles,
-    stride_pt,
-    stride_dt,
-    Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Adds up the tiles' parts of rows' products, and of the routing weights' gradients: 0 of rows of no expert.
-
-    Products of such rows, and of padding, were never written, and are never read.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    element = tl.program_id(0).to(tl.int64) * (BLOCK_M * Q) + tl.arange(0, BLOCK_M * Q)
-    inside = element < num_slots.to(tl.int64) * Q
-    product = tl.zeros((BLOCK_M * Q,), tl.float32)
-    for first in range(0, num_tiles, 8):
-        for tile in tl.static_range(8):  # loads that do not wait for one another
-            written = element < tl.where(first + tile < num_tiles, num_slots, 0).to(tl.int64) * Q
-            product += tl.load(products_ptr + (first + tile) * stride_pt + element, mask=written, other=0.0)
-    if dot_ptr is not None:
-        slots = tl.load(scattered_ptr + rows, mask=rows < num_slots, other=0)
-        end = tl.load(offsets_ptr + num_experts - 1)
-        dot = tl.zeros((BLOCK_M,), tl.float32)
-        for first in range(0, 2 * num_tiles, 16):
-            for half in tl.static_range(16):
-                written = rows < tl.where(first + half < 2 * num_tiles, end, 0)
-                dot += tl.load(dots_ptr + (first + half) * stride_dt + rows, mask=written, other=0.0)
-        tl.store(dot_ptr + slots, dot.to(dot_ptr.dtype.element_ty), mask=rows < num_slots)
-    tl.store(product_ptr + element, product.to(product_ptr.dtype.element_ty), mask=inside)
 
 
 def reads(g: Tensor, h: Tensor, right_a: Tensor, right_h: Tensor, factor: Tensor, is_concatenated: bool) -> bool:
@@ -465,7 +423,7 @@ def hopper_act_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The launches of a `reference.act_grad_grams` of what it `reads`.
 
-    With ``partial_a`` and ``partial_h``, sums for each chunk of rows beyond an expert's first one, there are three.
+    With ``partial_a`` and ``partial_h``, experts of more than ``chunk`` rows have sums there before they have totals.
     """
     num_slots, N = g.shape
     num_experts = out_a.shape[0]
@@ -475,67 +433,65 @@ def hopper_act_grad(
     stages = (gpu(g).shared_memory - 1024 - 4 * UNITS * Q_H * size) // stage
     dh = empty(*h.shape, dtype=h.dtype, device=h.device)
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
-    product = empty(num_slots, Q_H, dtype=factor.dtype, device=g.device)
-    # Padded, for strides to be the same for any number of slots, as far as kernels are compiled for them.
-    padded = tiles.cdiv(num_slots, 16) * 16
-    products = empty(num_tiles, padded * Q_H, dtype=torch.float32, device=g.device)
-    dots = empty(2 * num_tiles, padded, dtype=torch.float32, device=g.device)
-    launches = [("all", num_experts)] if partial_a is None else [("rest", partial_a.shape[0]), ("first", num_experts)]
-    for part, groups in launches:
-        launch(
-            _hopper_act_grad_kernel,
-            (min(groups * num_tiles, gpu(g).processors), 1),
-            (
-                descriptor(g, [ROWS, UNITS], 1),
-                descriptor(h, [ROWS, UNITS], 1),
-                right_a,
-                right_h,
-                factor,
-                row_weights,
-                dh,
-                dots,
-                out_a,
-                out_h,
-                partial_a,
-                partial_h,
-                products,
-                routing.expert_offsets,
-                routing.scattered_idxs,
-            ),
-            (
-                scale,
-                num_experts,
-                N,
-                out_a.shape[2],
-                out_h.shape[2],
-                dots.stride(0),
-                products.stride(0),
-                *factor.stride()[:2],
-                *out_a.stride(),
-                *out_h.stride(),
-            ),
-            4,
-            stages,
-            **activation,
-            CONCATENATED=is_concatenated,
-            PART=part,
-            CHUNK=chunk,
-            EXPERTS=max(32, tiles.next_power_of_2(num_experts)),
-            STAGES=stages,
-            Q_A=Q_A,
-            Q_H=Q_H,
-            BLOCK_N=UNITS,
-            BLOCK_M=ROWS,
-            REGISTERS=REGISTERS[max(Q_A, Q_H)],
-        )
+    products = totals.parts(num_tiles, num_slots, Q_H, g.device)
+    dots = totals.parts(2 * num_tiles, num_slots, 1, g.device)
+    groups = num_experts + (0 if partial_a is None else partial_a.shape[0])
+    registers, loading_registers = REGISTERS[max(Q_A, Q_H)]
     launch(
-        _total_kernel,
-        (tiles.cdiv(num_slots, TOTAL_ROWS), 1),
-        (products, dots, product, dot, routing.expert_offsets, routing.scattered_idxs),
-        (num_slots, num_experts, num_tiles, products.stride(0), dots.stride(0)),
+        _hopper_act_grad_kernel,
+        (min(groups * num_tiles, gpu(g).processors), 1),
+        (
+            descriptor(g, [ROWS, UNITS], 1),
+            descriptor(h, [ROWS, UNITS], 1),
+            right_a,
+            right_h,
+            factor,
+            row_weights,
+            dh,
+            dots,
+            out_a,
+            out_h,
+            partial_a,
+            partial_h,
+            products,
+            routing.tiles,
+            routing.expert_offsets,
+            routing.scattered_idxs,
+        ),
+        (
+            scale,
+            num_experts,
+            chunk,
+            N,
+            out_a.shape[2],
+            out_h.shape[2],
+            dots.stride(0),
+            products.stride(0),
+            *factor.stride()[:2],
+            *out_a.stride(),
+            *out_h.stride(),
+        ),
         4,
-        1,
-        Q=Q_H,
-        BLOCK_M=TOTAL_ROWS,
+        stages,
+        **activation,
+        CONCATENATED=is_concatenated,
+        CHUNKED=partial_a is not None,
+        STAGES=stages,
+        Q_A=Q_A,
+        Q_H=Q_H,
+        BLOCK_N=UNITS,
+        BLOCK_M=ROWS,
+        REGISTERS=registers,
+        LOADING_REGISTERS=loading_registers,
+    )
+    product = empty(num_slots, Q_H, dtype=factor.dtype, device=g.device)
+    totals.totals(
+        routing,
+        chunk=chunk,
+        products=products,
+        product=product,
+        dots=dots,
+        dot=dot,
+        grams=((partial_a, out_a), (partial_h, out_h)),
     )
     return dh, dot, product

@@ -22,68 +22,52 @@ from ..types import Routing
 from .device import gpu
 from .hopper import COPIES, add_product, barriers, before, copy_rows, next_stage, rows_arrive, wait_full
 from .launch import launch
-from .rows import expert_rows, further_chunks
+from .rows import expert_rows, scheduled_chunk
 
 # Columns and rows of a stage, and ranks of a right operand: of 64 a thread holds 128 sums.
 STAGE_COLUMNS, STAGE_ROWS, RANKS = 256, 64, (16, 32, 64)
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _more_chunks(offsets_ptr, num_experts, CHUNK: gl.constexpr, EXPERTS: gl.constexpr):
-    """Of every expert: ``(index, first row, end, chunks beyond the first)``."""
-    e = gl.arange(0, EXPERTS, layout=gl.BlockedLayout([EXPERTS // 32], [32], [gl.num_warps()], [0]))
-    start, end, more = further_chunks(offsets_ptr, e, num_experts, CHUNK)
-    return e, start, end, more
-
-
-@gluon.jit
-def num_units(
-    offsets_ptr, num_experts, P, PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr, WIDTH: gl.constexpr
-):
-    """Tiles of all experts, or of the chunks beyond their first ones."""
+def num_units(tiles_ptr, num_experts, P, CHUNKED: gl.constexpr, WIDTH: gl.constexpr):
+    """Tiles of all experts, and of all chunks of those that have several."""
     groups = num_experts
-    if PART == "rest":
-        _e, _start, _end, more = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
-        groups = gl.sum(more, axis=0)
+    if CHUNKED:
+        groups += gl.load(tiles_ptr + 2)
     return groups * gl.cdiv(P, WIDTH)
 
 
 @gluon.jit
 def unit_of(
-    offsets_ptr, unit, num_experts, P, PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr,
-    EXPERTS: gl.constexpr, WIDTH: gl.constexpr,
+    tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, P, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr,
+    WIDTH: gl.constexpr,
 ):  # fmt: skip
     """``(expert, first row, end of the rows, tile of WIDTH columns, chunk)``.
 
-    Rows are all of the expert's. With PART "first" they are its first chunk, and ``chunk`` is how many follow; with
-    "rest" they are one of these, and ``chunk`` is its number among all experts'.
+    ``chunk`` is -1 where the rows are all of the expert's, or none as it has several chunks, which are the last units.
 
     All tiles of an expert after one another, or the same columns of all of them: see `gram`.
     """
     column_tiles = gl.cdiv(P, WIDTH)
-    chunk = unit // column_tiles
+    expert = unit // column_tiles
     tile = unit % column_tiles
-    if PART == "rest":
-        e, starts, ends, more = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
-        until = gl.associative_scan(more, 0, _add)
-        expert = gl.sum((until <= chunk).to(gl.int32), axis=0)
-        mine = e == expert
-        start = gl.sum(gl.where(mine, starts + (chunk - until + more + 1) * CHUNK, 0), axis=0)
-        end = gl.minimum(gl.sum(gl.where(mine, ends, 0), axis=0), start + CHUNK)
+    chunk = expert - num_experts
+    if CHUNKED:
+        if chunk >= 0:
+            expert, start, end, _first = scheduled_chunk(tiles_ptr, chunk)
+            end = gl.minimum(end, start + chunk_rows)
+        else:
+            if BY_COLUMNS:
+                expert = unit % num_experts
+                tile = unit // num_experts
+            start, end = expert_rows(offsets_ptr, expert)
+            end = gl.where(end - start > chunk_rows, start, end)
     else:
-        expert = chunk
         if BY_COLUMNS:
-            expert, tile = unit % num_experts, unit // num_experts
+            expert = unit % num_experts
+            tile = unit // num_experts
         start, end = expert_rows(offsets_ptr, expert)
-        if PART == "first":
-            chunk = gl.maximum(end - start - 1, 0) // CHUNK
-            end = gl.minimum(end, start + CHUNK)
-    return expert, start, end, tile, chunk
+    return expert, start, end, tile, gl.maximum(chunk, -1)
 
 
 @gluon.jit
@@ -94,9 +78,9 @@ def steps_of(start, end, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _load(
-    x_ptr, right_ptr, factor_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring, factors, full, empty, unused,
-    num_experts, P, stride_xm, stride_fe, stride_fp, FAN_OUT: gl.constexpr, HAS_FACTOR: gl.constexpr,
-    EVEN_P: gl.constexpr, PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr,
+    x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring, factors, full, empty,
+    unused, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp, FAN_OUT: gl.constexpr,
+    HAS_FACTOR: gl.constexpr, EVEN_P: gl.constexpr, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all units, as far ahead as the ring allows."""
@@ -106,9 +90,10 @@ def _load(
     phase = 1
     turn = 0
     turn_phase = 1
-    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    units = num_units(tiles_ptr, num_experts, P, CHUNKED, WIDTH)
+    own = gl.minimum(gl.program_id(0), units - 1)
     expert, start, end, tile, _chunk = unit_of(
-        offsets_ptr, gl.program_id(0), num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
+        tiles_ptr, offsets_ptr, own, num_experts, chunk_rows, P, CHUNKED, BY_COLUMNS, WIDTH
     )
     slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
@@ -117,7 +102,7 @@ def _load(
         # A unit ahead, as the slots of its first rows wait for it, and its copies for them.
         following = gl.minimum(unit + gl.num_programs(0), units - 1)
         next_expert, next_start, next_end, next_tile, _chunk = unit_of(
-            offsets_ptr, following, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
+            tiles_ptr, offsets_ptr, following, num_experts, chunk_rows, P, CHUNKED, BY_COLUMNS, WIDTH
         )
         if HAS_FACTOR:
             factor = factor_ptr + expert.to(gl.int64) * stride_fe
@@ -155,54 +140,37 @@ def _load(
 
 
 @gluon.jit
-def earlier_chunks(
-    offsets_ptr, expert, num_experts, chunk, PART: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr
-):
-    """How many further chunks the experts before have, if this one's first chunk has any."""
-    earlier = 0
-    if PART == "first":
-        if chunk > 0:
-            e, _starts, _ends, more = _more_chunks(offsets_ptr, num_experts, CHUNK, EXPERTS)
-            earlier = gl.sum(gl.where(e < expert, more, 0), axis=0)
-    return earlier
-
-
-@gluon.jit
-def store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART: gl.constexpr):
-    """Stores the sums of a stage's columns, with those of ``chunk`` further chunks from ``earlier`` on; a further
-    chunk's own as partial ones."""
+def store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, chunk, CHUNKED: gl.constexpr):
+    """Stores the sums of a stage's columns: the expert's, or in float32 those of one of its chunks."""
     Q: gl.constexpr = acc.shape[1]
     p += gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
     q = gl.arange(0, Q, layout=gl.SliceLayout(0, acc.type.layout))
     inside = (p < P)[:, None]
-    of_partial = p[:, None] * Q + q[None, :]
-    if PART == "rest":
-        gl.store(partial_ptr + chunk * P * Q + of_partial, acc, mask=inside)
-    else:
-        if PART == "all":
-            acc += 0.0  # else ptxas takes its conversion for one beneath the products, and at rank 64 waits for each
-        else:
-            for part in range(earlier, earlier + chunk):
-                acc += gl.load(partial_ptr + part * P * Q + of_partial, mask=inside)
-        out += p[:, None].to(gl.int64) * stride_op + q[None, :].to(gl.int64) * stride_oq
-        gl.store(out, acc.to(out.dtype.element_ty), mask=inside & (q < out_columns)[None, :])
+    acc += 0.0  # else ptxas takes its conversion for one beneath the products, and at rank 64 waits for each
+    if CHUNKED:
+        of_partial = partial_ptr + chunk.to(gl.int64) * (P * Q) + p[:, None] * Q + q[None, :]
+        gl.store(of_partial, acc, mask=inside & (chunk >= 0))
+        inside = inside & (chunk < 0)
+    out += p[:, None].to(gl.int64) * stride_op + q[None, :].to(gl.int64) * stride_oq
+    gl.store(out, acc.to(out.dtype.element_ty), mask=inside & (q < out_columns)[None, :])
 
 
 @gluon.jit
 def _sum(
-    out_ptr, partial_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts, P, out_columns, stride_oe,
-    stride_op, stride_oq, PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr,
-    STAGES: gl.constexpr, PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    out_ptr, partial_ptr, tiles_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts, chunk_rows, P,
+    out_columns, stride_oe, stride_op, stride_oq, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the gram."""
     WIDTH: gl.constexpr = PIECES * BLOCK_P
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     stage = 0
     phase = 0
-    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    units = num_units(tiles_ptr, num_experts, P, CHUNKED, WIDTH)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, start, end, tile, chunk = unit_of(
-            offsets_ptr, unit, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
+            tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, P, CHUNKED, BY_COLUMNS, WIDTH
         )
         # New ones: to go on with what was stored, and added to, takes another 128 registers a thread at rank 64.
         acc = gl.zeros((BLOCK_P, BLOCK_Q), gl.float32, layout=products)
@@ -223,19 +191,18 @@ def _sum(
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(stage, STAGES)))
-        earlier = earlier_chunks(offsets_ptr, expert, num_experts, chunk, PART, CHUNK, EXPERTS)
         out = out_ptr + expert.to(gl.int64) * stride_oe
         p = tile * WIDTH
-        store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
+        store_sums(acc, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, chunk, CHUNKED)
         if PIECES == 2:
             p += BLOCK_P
-            store_sums(second, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, earlier, chunk, PART)
+            store_sums(second, out, partial_ptr, p, P, out_columns, stride_op, stride_oq, chunk, CHUNKED)
 
 
 @gluon.jit
 def _project(
-    products_ptr, offsets_ptr, x_ring, factors, full, empty, unused, num_experts, P, scale, stride_pt,
-    PART: gl.constexpr, BY_COLUMNS: gl.constexpr, CHUNK: gl.constexpr, EXPERTS: gl.constexpr, STAGES: gl.constexpr,
+    products_ptr, tiles_ptr, offsets_ptr, x_ring, factors, full, empty, unused, num_experts, chunk_rows, P, scale,
+    stride_pt, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """Another warpgroup: the part that a tile's columns have in each row's product."""
@@ -247,10 +214,10 @@ def _project(
     product = gl.zeros((BLOCK_M, BLOCK_Q), gl.float32, layout=products)
     row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, products))
     q = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, products))
-    units = num_units(offsets_ptr, num_experts, P, PART, CHUNK, EXPERTS, WIDTH)
+    units = num_units(tiles_ptr, num_experts, P, CHUNKED, WIDTH)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _expert, start, end, tile, _chunk = unit_of(
-            offsets_ptr, unit, num_experts, P, PART, BY_COLUMNS, CHUNK, EXPERTS, WIDTH
+            tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, P, CHUNKED, BY_COLUMNS, WIDTH
         )
         for k in range(0, steps_of(start, end, BLOCK_M)):
             for piece in gl.static_range(PIECES):
@@ -275,10 +242,12 @@ def _hopper_narrow_kernel(
     out_ptr,
     partial_ptr,
     products_ptr,
+    tiles_ptr,
     offsets_ptr,
     scattered_ptr,
     scale,
     num_experts,
+    chunk_rows,
     P,
     out_columns,
     stride_pt,
@@ -291,10 +260,8 @@ def _hopper_narrow_kernel(
     FAN_OUT: gl.constexpr,
     HAS_FACTOR: gl.constexpr,
     EVEN_P: gl.constexpr,
-    PART: gl.constexpr,
+    CHUNKED: gl.constexpr,
     BY_COLUMNS: gl.constexpr,
-    CHUNK: gl.constexpr,
-    EXPERTS: gl.constexpr,
     STAGES: gl.constexpr,
     PIECES: gl.constexpr,
     BLOCK_P: gl.constexpr,
@@ -319,25 +286,25 @@ def _hopper_narrow_kernel(
                 (
                     _sum,
                     (
-                        out_ptr, partial_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts, P,
-                        out_columns, stride_oe, stride_op, stride_oq, PART, BY_COLUMNS, CHUNK, EXPERTS, STAGES,
+                        out_ptr, partial_ptr, tiles_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts,
+                        chunk_rows, P, out_columns, stride_oe, stride_op, stride_oq, CHUNKED, BY_COLUMNS, STAGES,
                         PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
                 (
                     _project,
                     (
-                        products_ptr, offsets_ptr, x_ring, factors, full, empty, unused, num_experts, P,
-                        scale, stride_pt, PART, BY_COLUMNS, CHUNK, EXPERTS, STAGES, PIECES, BLOCK_P, BLOCK_Q,
+                        products_ptr, tiles_ptr, offsets_ptr, x_ring, factors, full, empty, unused, num_experts,
+                        chunk_rows, P, scale, stride_pt, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q,
                         BLOCK_M,
                     ),
                 ),
                 (
                     _load,
                     (
-                        x_ptr, right_ptr, factor_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring, factors, full,
-                        empty, unused, num_experts, P, stride_xm, stride_fe, stride_fp, FAN_OUT, True, EVEN_P,
-                        PART, BY_COLUMNS, CHUNK, EXPERTS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
+                        x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring,
+                        factors, full, empty, unused, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp,
+                        FAN_OUT, True, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
             ],
@@ -350,17 +317,17 @@ def _hopper_narrow_kernel(
                 (
                     _sum,
                     (
-                        out_ptr, partial_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts, P,
-                        out_columns, stride_oe, stride_op, stride_oq, PART, BY_COLUMNS, CHUNK, EXPERTS, STAGES,
+                        out_ptr, partial_ptr, tiles_ptr, offsets_ptr, x_ring, right_ring, full, empty, num_experts,
+                        chunk_rows, P, out_columns, stride_oe, stride_op, stride_oq, CHUNKED, BY_COLUMNS, STAGES,
                         PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
                 (
                     _load,
                     (
-                        x_ptr, right_ptr, factor_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring, right_ring,
-                        full, empty, empty, num_experts, P, stride_xm, stride_fe, stride_fp, FAN_OUT, False,
-                        EVEN_P, PART, BY_COLUMNS, CHUNK, EXPERTS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
+                        x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring,
+                        right_ring, full, empty, empty, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp,
+                        FAN_OUT, False, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
             ],
@@ -409,43 +376,41 @@ def hopper_narrow(
     products: Tensor | None = None,
     scale: float = 1.0,
 ) -> None:
-    """The launches of a `gram` of what it `reads`, in tiles of so many ``columns``; with a factor of a `shrink_gram`,
+    """The launch of a `gram` of what it `reads`, in tiles of so many ``columns``; with a factor of a `shrink_gram`,
     whose ``products`` have a part for each of these.
 
-    With ``partial``, a sum for each chunk of rows beyond an expert's first one, there are two.
+    With ``partial`` experts of more than ``chunk`` rows have sums there, which are `totals` to make.
     """
     num_experts, P, out_columns = out.shape
     Q, size = right.shape[1], x.element_size()
     factors = 0 if factor is None else 2 * columns * Q * size
     stages = (gpu(x).shared_memory - 1024 - factors) // (STAGE_ROWS * (STAGE_COLUMNS + Q) * size)
-    parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
-    for part, groups in parts:
-        launch(
-            _hopper_narrow_kernel,
-            (min(groups * tiles.cdiv(P, columns), gpu(x).processors), 1),
-            (x, right, factor, out, partial, products, routing.expert_offsets, routing.scattered_idxs),
-            (
-                scale,
-                num_experts,
-                P,
-                out_columns,
-                0 if products is None else products.stride(0),
-                x.stride(0),
-                *((0, 0) if factor is None else factor.stride()[:2]),
-                *out.stride(),
-            ),
-            4,
-            stages,
-            FAN_OUT=x_fan_out,
-            HAS_FACTOR=factor is not None,
-            EVEN_P=P % columns == 0,
-            PART=part,
-            BY_COLUMNS=x_fan_out > 1,
-            CHUNK=chunk,
-            EXPERTS=max(32, tiles.next_power_of_2(num_experts)),
-            STAGES=stages,
-            PIECES=columns // STAGE_COLUMNS,
-            BLOCK_P=STAGE_COLUMNS,
-            BLOCK_Q=Q,
-            BLOCK_M=STAGE_ROWS,
-        )
+    groups = num_experts + (0 if partial is None else partial.shape[0])
+    launch(
+        _hopper_narrow_kernel,
+        (min(groups * tiles.cdiv(P, columns), gpu(x).processors), 1),
+        (x, right, factor, out, partial, products, routing.tiles, routing.expert_offsets, routing.scattered_idxs),
+        (
+            scale,
+            num_experts,
+            chunk,
+            P,
+            out_columns,
+            0 if products is None else products.stride(0),
+            x.stride(0),
+            *((0, 0) if factor is None else factor.stride()[:2]),
+            *out.stride(),
+        ),
+        4,
+        stages,
+        FAN_OUT=x_fan_out,
+        HAS_FACTOR=factor is not None,
+        EVEN_P=P % columns == 0,
+        CHUNKED=partial is not None,
+        BY_COLUMNS=x_fan_out > 1,
+        STAGES=stages,
+        PIECES=columns // STAGE_COLUMNS,
+        BLOCK_P=STAGE_COLUMNS,
+        BLOCK_Q=Q,
+        BLOCK_M=STAGE_ROWS,
+    )

@@ -107,43 +107,51 @@ def _place_kernel(
             tl.store(offsets_ptr + e, ends.to(tl.int64), mask=e < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_tiles"])
+@triton.jit(do_not_specialize=["num_slots", "num_tiles", "tile_programs", "chunk"])
 def _schedule_kernel(
     offsets_ptr,
     tiles_ptr,
     num_slots,
     num_tiles,
+    tile_programs,
+    chunk,
     num_experts,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """tiles[1 + i] = (expert, first row, end of its rows, its first tile): experts in order, each cut into BLOCK_M
-    rows, then none's.
+    rows, then none's. After ``num_tiles`` of them, from further programs, the same of experts with more than ``chunk``
+    rows, cut into so many.
 
-    tiles[0] = how many tiles the experts have, and how many with those of no expert.
+    tiles[0] = how many tiles the experts have, how many with those of no expert, how many chunks there are, and where.
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    of_chunks = tl.program_id(0) >= tile_programs
+    i = (tl.program_id(0) - tl.where(of_chunks, tile_programs, 0)) * BLOCK + tl.arange(0, BLOCK)
     e = tl.arange(0, GROUPS)
     start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= num_experts), other=0).to(tl.int32)
     end = tl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
     end = tl.where(e == num_experts, num_slots, end)
-    count = tl.where(e <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    tiles = tl.where(e <= num_experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    chunks = tl.where((e < num_experts) & (end - start > chunk), (end - start + chunk - 1) // chunk, 0)
+    count = tl.where(of_chunks, chunks, tiles)
     last = tl.cumsum(count, axis=0)
     before = (last[None, :] <= i[:, None]) & (e[None, :] <= num_experts)
     expert = tl.sum(before.to(tl.int32), axis=1)
     first = tl.sum(tl.where(before, count[None, :], 0), axis=1)
-    used = (i < num_tiles) & (expert <= num_experts)
+    used = (i < tl.where(of_chunks, num_slots, num_tiles)) & (expert <= num_experts)
     base = tl.load(offsets_ptr + expert - 1, mask=used & (expert > 0), other=0).to(tl.int32)
     bound = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=0).to(tl.int32)
-    entry = tiles_ptr + 4 + i * 4
+    entry = tiles_ptr + 4 + (tl.where(of_chunks, num_tiles, 0) + i) * 4
     tl.store(entry, expert, mask=used)
-    tl.store(entry + 1, base + (i - first) * BLOCK_M, mask=used)
+    tl.store(entry + 1, base + (i - first) * tl.where(of_chunks, chunk, BLOCK_M), mask=used)
     tl.store(entry + 2, tl.where(expert == num_experts, num_slots, bound), mask=used)
     tl.store(entry + 3, first, mask=used)
     if tl.program_id(0) == 0:
-        tl.store(tiles_ptr, tl.sum(tl.where(e < num_experts, count, 0)))
-        tl.store(tiles_ptr + 1, tl.sum(count))
+        tl.store(tiles_ptr, tl.sum(tl.where(e < num_experts, tiles, 0)))
+        tl.store(tiles_ptr + 1, tl.sum(tiles))
+        tl.store(tiles_ptr + 2, tl.sum(chunks))
+        tl.store(tiles_ptr + 3, num_tiles)
 
 
 def _cumsum(counts: Tensor, ends: Tensor) -> None:
@@ -187,11 +195,12 @@ def schedule(expert_offsets: Tensor, num_slots: int, tile_rows: int) -> Tensor:
         groups = tiles.next_power_of_2(num_experts + 1)
         # Tiles by groups is a comparison held in registers: 64 x 1024 of them spilled 1000 bytes a thread.
         block = min(64, max(1, 16384 // groups))
+        tile_programs = tiles.cdiv(num_tiles, block)
         launch(
             _schedule_kernel,
-            (tiles.cdiv(num_tiles, block), 1),
+            (tile_programs + tiles.cdiv(tiles.num_chunks(num_slots, num_experts), block), 1),
             (expert_offsets, schedule),
-            (num_slots, num_tiles, num_experts),
+            (num_slots, num_tiles, tile_programs, tiles.chunk_rows(num_slots, num_experts), num_experts),
             4,
             1,
             BLOCK_M=tile_rows,

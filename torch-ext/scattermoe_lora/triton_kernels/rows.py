@@ -12,11 +12,11 @@ def expert_rows(offsets_ptr, expert):
 
 
 @triton.jit
-def further_chunks(offsets_ptr, experts, num_experts, CHUNK: tl.constexpr):
+def further_chunks(offsets_ptr, experts, num_experts, chunk_rows):
     """Of ``experts``, of which some may be none: ``(first row, end, chunks of so many rows beyond the first)``."""
     end = tl.load(offsets_ptr + experts, mask=experts < num_experts, other=0).to(tl.int32)
     start = tl.load(offsets_ptr + experts - 1, mask=(experts > 0) & (experts < num_experts), other=0).to(tl.int32)
-    return start, end, tl.maximum(end - start - 1, 0) // CHUNK
+    return start, end, tl.maximum(end - start - 1, 0) // chunk_rows
 
 
 @triton.jit
@@ -29,6 +29,12 @@ def tile_entry(tiles_ptr, tile, mask=None):
         tl.load(entry + 2, mask=mask),
         tl.load(entry + 3, mask=mask),
     )
+
+
+@triton.jit
+def scheduled_chunk(tiles_ptr, chunk):
+    """The same of a chunk of an expert that has several, and its first chunk in place of its first tile."""
+    return tile_entry(tiles_ptr, tl.load(tiles_ptr + 3) + chunk)
 
 
 @triton.jit
