@@ -305,13 +305,19 @@ def test_peak_memory(kernel):
     case.tensors = {}
     grad = case.grad.to(torch.bfloat16)
     slots = 8192 * 8 * 2  # bytes of a column of the slots
-    # The pre-activation and its gradient, half the slots' outputs; dX, the output, and 50 MiB of rank-sized ones.
-    bound = slots * (2048 + 2048 + 1024) + 2 * grad.nbytes + 50 * 2**20
+    # The pre-activation, the activation, the slots' outputs; dX, the output, and 50 MiB of rank-sized ones.
+    bound = slots * (2048 + 1024 + 2048) + 2 * grad.nbytes + 50 * 2**20
     for _ in range(2):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        kernel.moe_mlp(**arguments).backward(grad)
+        out = kernel.moe_mlp(**arguments)
+        kept = torch.cuda.memory_allocated()
         assert torch.cuda.max_memory_allocated() - before < bound
+        torch.cuda.reset_peak_memory_stats()
+        out.backward(grad)
+        # The gradient of the pre-activation is written over it.
+        assert torch.cuda.max_memory_allocated() - kept < bound - slots * (2048 + 1024)
+        del out
         for leaf in leaves.values():
             leaf.grad = None
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import inner
 from numerics import Case
 from test_parallel_linear import Linear
 from torch import Tensor
@@ -181,3 +182,38 @@ def test_threads(kernel):
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, (0, 1)))
+
+
+@every_device
+def test_a_graph_that_is_kept(kernel, device):
+    """Two backwards of a graph give the same gradients: only the last one writes over what was saved."""
+    case = experts_case()
+    arguments, leaves = case.layer(kernel, device)
+    out = kernel.moe_mlp(**arguments)
+    grad = case.grad.to(out)
+
+    def gradients(**options) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, list(leaves.values()), grad, **options)
+
+    first, again = gradients(retain_graph=True), gradients()
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients()
+
+
+@every_device
+def test_a_backward_that_failed(kernel, device, monkeypatch):
+    """It may have written over what was saved: a second try is an error, and no wrong gradient."""
+    case = experts_case()
+    arguments, leaves = case.layer(kernel, device)
+    out = kernel.moe_mlp(**arguments)
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments):
+            raise torch.OutOfMemoryError("out of memory")
+
+        patch.setattr(inner(kernel, "ops"), "moe_mlp_backward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.autograd.grad(out, list(leaves.values()), case.grad.to(out))
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(out, list(leaves.values()), case.grad.to(out))

@@ -160,6 +160,17 @@ def moe_mlp(
     return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, [])[0]
 
 
+def _graph_is_freed() -> bool:
+    """Whether what was saved for the running backward is of no use after it: without ``retain_graph``, in eager mode.
+
+    A third of a step's peak is the gradient of ``h``, which then needs no memory of its own.
+    """
+    if torch.compiler.is_compiling():  # a traced op does not write over its inputs
+        return False
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # since torch 2.5
+    return keeps_graph is not None and not keeps_graph()
+
+
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, top_k_index, dropout_seed, *tensors):
@@ -173,7 +184,12 @@ class _MoeMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[3:])
-        grads = iter(ops.moe_mlp_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
+        saved = ctx.saved_tensors
+        overwrite = _graph_is_freed()
+        if overwrite:
+            h = saved[-6]  # see `moe_mlp_forward`
+            torch.autograd.graph.increment_version(h)  # so that a second try, if this one fails, is torch's error
+        grads = iter(ops.moe_mlp_backward(dout, *saved, *ctx.flags, needs, overwrite))
         return (None, None, None, *(next(grads) if need else None for need in needs))
 
 

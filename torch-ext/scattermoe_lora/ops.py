@@ -97,7 +97,7 @@ def _moe_mlp_forward(
     def backward(outputs: List[Optional[Tensor]]) -> None:
         out, *saved = _schema_list(outputs, gate_up_proj)
         routing = (top_k_weights, top_k_index, dropout_seed)
-        moe_mlp_backward(out, hidden_states, *tensors[1:9], *routing, *saved, *flags, needs)
+        moe_mlp_backward(out, hidden_states, *tensors[1:9], *routing, *saved, *flags, needs, True)
 
     options = (hidden_states.dtype, *flags, bool(needs))
     outputs = backend.of(hidden_states).replay(_forward_body, tensors, options, backward if needs else None)
@@ -176,7 +176,7 @@ def _forward_body(
         bias=down_proj_bias,
         weights=weights,
         expert_ids=expert_ids,
-        in_pieces=not (save and has_gate and w_down.shape[2] <= 4 * w_down.shape[1]),
+        in_pieces=not (save and _in_one_piece(w_down, has_gate)),
     )
     return [out, h, xa, waa, scattered_idxs, expert_offsets, routing.tiles] if save else [out]
 
@@ -206,14 +206,23 @@ def _weighted_shrink(
     return run.shrink(x, factor, routing, **options), weighted
 
 
-# Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. At 8192 tokens of
-# Qwen3-30B-A3B, where they are the peak of a step, that takes 128 MiB off it for 1 % of its time. No more than two:
-# each piece reads all of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one. None in the forward of a
-# gated layer whose backward follows and has a peak as high: 608.7, 498.7 and 1143 MiB (Qwen3, Qwen3.5, GLM-4.5-Air) in
-# one piece and in two. Without a gate, or with one and H = 8I, one piece would have 5 to 11 % more.
+# Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. Where they are
+# the peak of a step that takes half of them off it, for 1 to 3 % of its time. No more than two: each piece reads all of
+# x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one.
 COMBINE_BYTES = 128 * 2**20
 # The least columns of a piece: fewer and the GEMM's tile is not full.
 COMBINE_COLUMNS = 256
+
+
+def _in_one_piece(w_down: Tensor, has_gate: bool) -> bool:
+    """Whether a step's rows are combined in one piece, as its peak would hardly be lower in two.
+
+    With a gate, and H up to 4I, whose backward has that peak where it keeps ``h``: 608.7, 498.7 and 1143 MiB (Qwen3,
+    Qwen3.5, GLM-4.5-Air) in one piece and in two. Where it writes over ``h`` the backward stays below in one piece,
+    too, which takes 2.69 ms for 2.71 at 8192 tokens, 9.91 for 10.16 at 32768. Without a gate, or with one and H = 8I,
+    one piece would have 5 to 11 % more.
+    """
+    return has_gate and w_down.shape[2] <= 4 * w_down.shape[1]
 
 
 def _gemm_combine(
@@ -330,8 +339,12 @@ def _moe_mlp_backward(
     activation: str,
     lora_dropout: float,
     needs: List[bool],
+    overwrite: bool,
 ) -> List[Tensor]:
-    """Gradients of those of the first ten tensor arguments of `moe_mlp_forward` that ``needs`` says, in that order."""
+    """Gradients of those of the first ten tensor arguments of `moe_mlp_forward` that ``needs`` says, in that order.
+
+    With ``overwrite`` the gradient of ``h`` is written over it: nobody else may read ``h``, then or later.
+    """
     dtype = gate_up_proj.dtype
     tensors = (
         dout.to(dtype),
@@ -356,7 +369,7 @@ def _moe_mlp_backward(
         down_proj_bias.to(dtype) if down_proj_bias is not None and needs[9] else None,
     )
     flags = (is_transposed, is_concatenated, has_gate, activation, lora_dropout)
-    options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs))
+    options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs), overwrite)
     *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
     if grads[9] is not None:
         grads[9] = _weights_grad(grads[9], bias_dot, top_k_weights)
@@ -394,6 +407,7 @@ def _backward_body(
     activation: str,
     lora_dropout: float,
     needs: tuple[bool, ...],
+    overwrite: bool,
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights."""
     fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
@@ -435,6 +449,7 @@ def _backward_body(
             "has_gate": has_gate,
             "is_concatenated": is_concatenated,
             "dot_dtype": _dot_dtype(weights, bias_of_dot) if need_weights else None,
+            "out": h if overwrite else None,
         }
         if in_one:
             grads[6], grads[7] = run.empty_like(gate_up_B), run.empty_like(down_A)
@@ -499,7 +514,17 @@ def _backward_body(
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
         z, expand = (u_up, A_up) if seed is None else (None, None)
         _gemm_combine(
-            run, grads[0], dh, w_up.mT, routing, z=z, expand=expand, bias=None, weights=None, expert_ids=expert_ids
+            run,
+            grads[0],
+            dh,
+            w_up.mT,
+            routing,
+            z=z,
+            expand=expand,
+            bias=None,
+            weights=None,
+            expert_ids=expert_ids,
+            in_pieces=not (overwrite and _in_one_piece(w_down, has_gate)),
         )
         if seed is not None and u_up is not None and A_up is not None:
             update = run.empty(*x.shape, dtype=x.dtype, device=x.device)
@@ -581,6 +606,7 @@ def _(
     activation,
     lora_dropout,
     needs,
+    overwrite,
 ):
     inputs = [
         hidden_states.contiguous(),

@@ -426,6 +426,7 @@ def act_grad(
     dot_dtype: torch.dtype | None = None,
     out_scattered: bool = False,
     zero_tail: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The backward of "activate, then weight the row".
 
@@ -441,12 +442,13 @@ def act_grad(
         dot_dtype: of ``dot``, or None for no ``dot``.
         out_scattered: put ``dh`` in scattered instead of grouped order.
         zero_tail: write zeros to the rows of ``dh`` of no expert; without it they are left as they are.
+        out: where to write ``dh``, or None for a new tensor. It may be a grouped ``h``.
 
     Returns:
         ``(dh [S, 2I or I], dot [S] or None)``; ``dot`` scattered, zero where there is no expert.
     """
     num_slots = routing.num_slots
-    dh = g.new_zeros(num_slots, h.shape[1])
+    dh = g.new_zeros(num_slots, h.shape[1]) if out is None else out
     dot = g.new_zeros(num_slots, dtype=dot_dtype) if dot_dtype is not None else None
     for _, rows in _groups(routing):
         slots = routing.scattered_idxs[rows]
@@ -463,11 +465,11 @@ def act_grad(
         else:
             a = ACTIVATIONS[activation][0](hr)
             dhr = w * gr * ACTIVATIONS[activation][1](hr)
-        _put(dh, routing, rows, out_scattered, dhr)
         if dot is not None:
             dot[slots] = (a * gr).sum(-1).to(dot.dtype)
         if save_a:
             g[rows] = (w * a).to(g.dtype)
+        _put(dh, routing, rows, out_scattered, dhr)  # last, as a may be h itself, and so may dh
     return dh, dot
 
 
@@ -523,6 +525,7 @@ def act_grad_grams(
     has_gate: bool,
     is_concatenated: bool,
     dot_dtype: torch.dtype | None,
+    out: Tensor | None,
     right_a: Tensor,
     out_a: Tensor,
     factor: Tensor,
@@ -546,6 +549,7 @@ def act_grad_grams(
         is_concatenated=is_concatenated,
         save_a=True,
         dot_dtype=dot_dtype,
+        out=out,
     )
     gram(g, right_a, routing, out_a, left_fan_out=0)
     return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)

@@ -225,10 +225,11 @@ def act_grad(
     dot_dtype: torch.dtype | None = None,
     out_scattered: bool = False,
     zero_tail: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.act_grad`. ``g`` must be contiguous. Rows of no expert are unwritten but as it says."""
     num_slots, N = g.shape
-    dh = empty(num_slots, h.shape[1], dtype=g.dtype, device=g.device)
+    dh = empty(num_slots, h.shape[1], dtype=g.dtype, device=g.device) if out is None else out
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
     if num_slots == 0:
         return dh, dot
@@ -266,6 +267,7 @@ def act_grad_grams(
     has_gate: bool,
     is_concatenated: bool,
     dot_dtype: torch.dtype | None,
+    out: Tensor | None,
     right_a: Tensor,
     out_a: Tensor,
     factor: Tensor,
@@ -288,6 +290,7 @@ def act_grad_grams(
                 activation=constants(activation),
                 is_concatenated=is_concatenated,
                 dot_dtype=dot_dtype,
+                out=out,
                 right_a=right_a,
                 out_a=out_a,
                 factor=factor,
@@ -309,6 +312,7 @@ def act_grad_grams(
         is_concatenated=is_concatenated,
         save_a=True,
         dot_dtype=dot_dtype,
+        out=out,
     )
     gram(g, right_a, routing, out_a, left_fan_out=0)
     return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)

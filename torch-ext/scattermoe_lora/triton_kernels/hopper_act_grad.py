@@ -411,6 +411,7 @@ def hopper_act_grad(
     activation: dict[str, str | float],
     is_concatenated: bool,
     dot_dtype: torch.dtype | None,
+    out: Tensor | None,
     right_a: Tensor,
     out_a: Tensor,
     factor: Tensor,
@@ -431,7 +432,7 @@ def hopper_act_grad(
     num_tiles = tiles.cdiv(N, UNITS)
     stage = ROWS * (3 * UNITS + Q_A + Q_H) * size + ROWS * 4
     stages = (gpu(g).shared_memory - 1024 - 4 * UNITS * Q_H * size) // stage
-    dh = empty(*h.shape, dtype=h.dtype, device=h.device)
+    dh = empty(*h.shape, dtype=h.dtype, device=h.device) if out is None else out
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
     products = totals.parts(num_tiles, num_slots, Q_H, g.device)
     dots = totals.parts(2 * num_tiles, num_slots, 1, g.device)
