@@ -115,7 +115,7 @@ def test_problems_are_found():
     assert not problems(waits=1)
     assert "out of L2" in problems(kernel="hopper_gemm", kept=1)[0]
     assert "out of L2" in problems(kernel="hopper_gram", kept=1)[0]
-    assert not problems(kept=1) and not problems(kernel="hopper_narrow first", kept=1)
+    assert not problems(kept=1) and not problems(kernel="hopper_narrow chunked", kept=1)
     assert "does not compile" in problems(error="PassManager::run failed", instructions=(), rows=0)[0]
     for instructions in ((), ("mma.sync",), ("mma.sync", "wgmma.mma_async")):
         assert "for a product of 64 rows" in problems(instructions=instructions)[0]

@@ -62,8 +62,9 @@ def test_deterministic_at_real_size(kernel):
 
 
 REPLAYED = {
-    "frozen base": {"frozen": BASE, "adapter_dtype": torch.float32},
+    "frozen base": {"frozen": BASE, "adapter_dtype": torch.float32, "I": 256},
     "gpt-oss": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    "gpt-oss, frozen base": {"is_concatenated": False, "frozen": BASE},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},
     "rank over 128": {"r": 144, "frozen": BASE},
@@ -102,6 +103,8 @@ HOPPER = {
     "all of the activation's gradient in one pass": {"I": 384, "frozen": BASE, "adapter_dtype": torch.float32},
     "... rank 32 and 16-bit weights, in parts": {"I": 256, "r": 32, "frozen": BASE, "T": 3000},
     "... rank 8, gelu": {"I": 128, "r": 8, "frozen": BASE, "activation": "gelu", "dtype": torch.float16},
+    "... no gradient of the routing weights": {"I": 128, "frozen": (*BASE, "top_k_weights")},
+    "... none of x": {"I": 128, "frozen": (*BASE, "hidden_states")},
     "... gpt-oss": {"is_concatenated": False, "has_bias": True, "activation": CLAMPED, "frozen": BASE},
     "... gpt-oss, in parts": {"is_concatenated": False, "I": 336, "T": 3000, "activation": CLAMPED, "frozen": BASE},
 }
@@ -230,7 +233,9 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
         return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), case.grad.bfloat16()), strict=True))
 
     clean = step()
-    monkeypatch.setattr(module, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    for name in ("hopper_act_grad", "totals", "gram"):
+        of = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+        monkeypatch.setattr(of, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     again = step()
     assert calls and all(torch.equal(again[name], clean[name]) for name in clean)
     assert not clean["top_k_weights"][case.top_k_index == E].any() and clean["top_k_weights"].isfinite().all()
@@ -244,6 +249,43 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
     assert torch.equal(got["top_k_weights"][elsewhere], clean["top_k_weights"][elsewhere])
     tokens = elsewhere.all(1)
     assert torch.equal(got["hidden_states"][tokens], clean["hidden_states"][tokens])
+
+
+@needs_hopper
+@pytest.mark.parametrize("ranks", [(16, 32), (32, 8), (1, 16)], ids=str)
+def test_hopper_act_grad_of_two_ranks(kernel, ranks, monkeypatch):
+    """The projections have different ones, and experts as many rows as a chunk, one more, and several chunks."""
+    rows = [2048, 2049, 4097, 0, 100, 128, *[0] * 9, 77]
+    E, H, I, T = len(rows), 256, 128, sum(rows)  # noqa: E741
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(6)
+    index = torch.repeat_interleave(torch.arange(E), torch.tensor(rows))[torch.randperm(T)].cuda()[:, None]
+    x, weights = torch.randn(T, H, **options), torch.rand(T, 1, **options)
+    up, down = torch.randn(E, 2 * I, H, **options) * H**-0.5, torch.randn(E, H, I, **options) * I**-0.5
+    shapes = (E, ranks[0], H), (E, 2 * I, ranks[0]), (E, ranks[1], I), (E, H, ranks[1])
+    factors = [torch.randn(shape, **options) * 0.1 for shape in shapes]
+    grad, chunks = torch.randn(T, H, **options), []
+    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_act_grad")
+    original = module.hopper_act_grad
+
+    def call(*args, **options):
+        chunks.append(options["chunk"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "hopper_act_grad", call)
+
+    def run(dtype, layer):
+        leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), weights.clone(), *(f.clone() for f in factors))]
+        loras = [kernel.ExpertLoRA(*pair, 2.0) for pair in (leaves[2:4], leaves[4:])]
+        base = up.to(dtype), down.to(dtype), index
+        out = layer(leaves[0], *base, leaves[1], gate_up_lora=loras[0], down_lora=loras[1])
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    inner(kernel, "triton_kernels.replay")._programs.clear()
+    got = run(torch.bfloat16, kernel.moe_mlp)
+    assert chunks and set(chunks) == {2048}
+    for one, want in zip(got, run(torch.float64, kernel.reference.moe_mlp), strict=True):
+        assert relative_error(one, want) < BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3], ids=["nobody's slots", "most slots nobody's"])

@@ -279,9 +279,9 @@ def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeyp
         pytest.skip("thousands of rows, for a GPU")
     # 16 rows a chunk for few, 2048 for many: one less than some chunks, just that, and one more.
     if few:
-        counts = [0, 63, 64, 65, 0, 1, 129, *[0] * 23, 31, 2]
+        counts = [0, 63, 64, 65, 0, 1, 129, 16, *[0] * 22, 31, 2]
     else:
-        counts = [0, 4095, 4096, 4097, 0, 1, 8195, *[0] * 56, 700]
+        counts = [0, 4095, 4096, 4097, 0, 1, 8195, 2048, 2049, *[0] * 54, 700]
     num_experts, rows, rank = len(counts), sum(counts), 5
     generator = torch.Generator().manual_seed(3)
     dtype = torch.float32 if bits == 32 else torch.bfloat16 if on_gpu else torch.float16

@@ -211,6 +211,19 @@ def test_a_first_forward_compiles_for_its_backward(kernel, replay, options, monk
     assert sum(compiled) == len(inner(kernel, "triton_kernels.launch")._compiled)
 
 
+@pytest.mark.parametrize("options", [CASES["frozen base"], CASES["no gate"]], ids=["frozen base", "no gate"])
+def test_whichever_kernel_is_missing(kernel, replay, options):
+    """A backward writes over what it reads, so nothing of it is launched before it can be launched to its end."""
+    case = Case(**(SIZES | options))
+    case.check(kernel, torch.device("cpu"))
+    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    assert len(compiled) > 10
+    for key in list(compiled):
+        del compiled[key]
+        replay._programs.clear()
+        case.check(kernel, torch.device("cpu"))
+
+
 def test_a_forward_may_fit_where_its_backward_does_not(kernel, replay, monkeypatch):
     """Compiling for the backward takes the backward's memory: without it, the forward is computed all the same."""
     launched = inner(kernel, "triton_kernels")
@@ -389,9 +402,9 @@ def test_a_context_is_there_before_an_op_begins(kernel, replay, monkeypatch):
     happened: list[str] = []
 
     def told(function):
-        def tell(*args):
+        def tell(*args, **options):
             happened.append("work")
-            return function(*args)
+            return function(*args, **options)
 
         return tell
 

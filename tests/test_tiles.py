@@ -15,3 +15,20 @@ def test_an_activation_has_16_bytes_a_thread(kernel, family, dtype):
         tile = tiles.act_tile(rows, dtype, gpu)
         assert tile.block_m * tile.block_n * dtype.itemsize == 16 * tile.num_warps * family.warp_size
         assert rows % tile.block_m == 0
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 60, 128, 512])
+@pytest.mark.parametrize("num_slots", [4097, 16384, 65536, 65537, 262144, 1000003])
+def test_a_schedule_holds_the_chunks_of_any_routing(kernel, num_slots, num_experts):
+    """The most chunks are those of experts that have one row more than a chunk; and half of them are further ones."""
+    tiles = inner(kernel, "tiles")
+    chunk, room = tiles.chunk_rows(num_slots, num_experts), tiles.num_chunks(num_slots, num_experts)
+    assert chunk % 64 == 0 and 2048 <= chunk
+    hot = min(num_experts, num_slots // (chunk + 1))
+    rest = num_slots - hot * (chunk + 1)
+    assert 2 * hot + rest // chunk <= room and (hot == 0 or tiles.cdiv(num_slots, chunk) <= room)
+    assert room // 2 >= (num_slots - 1) // chunk
+    for tile_rows in (16, 32, 64, 128):
+        row_tiles = tiles.num_row_tiles(num_slots, num_experts, tile_rows)
+        if tile_rows == tiles.block_m(num_slots, num_experts) or tile_rows == 128:
+            assert 1 + row_tiles + room <= tiles.schedule_size(num_slots, num_experts)

@@ -207,8 +207,8 @@ def _weighted_shrink(
 
 
 # Bytes of grouped rows that wait to be combined; more of them are computed in two pieces of columns. Where they are
-# the peak of a step that takes half of them off it, for 1 to 3 % of its time. No more than two: each piece reads all of
-# x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one.
+# the peak of a step that takes half of them off it, for 1 to 3 % of its time. No more than two: each piece reads all
+# of x again, and eight at 32768 tokens took 12.8 ms for the 12.0 of one.
 COMBINE_BYTES = 128 * 2**20
 # The least columns of a piece: fewer and the GEMM's tile is not full.
 COMBINE_COLUMNS = 256
@@ -370,7 +370,7 @@ def _moe_mlp_backward(
     )
     flags = (is_transposed, is_concatenated, has_gate, activation, lora_dropout)
     options = (hidden_states.dtype, gate_up_scaling, down_scaling, *flags, tuple(needs), overwrite)
-    *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options)
+    *grads, bias_dot = backend.of(dout).replay(_backward_body, tensors, options, overwrites=overwrite)
     if grads[9] is not None:
         grads[9] = _weights_grad(grads[9], bias_dot, top_k_weights)
     return [grad for grad in grads if grad is not None]

@@ -229,11 +229,13 @@ def replay(
     tensors: Sequence[Tensor | None],
     options: tuple,
     backward: Callable[[list[Tensor | None]], Any] | None = None,
+    overwrites: bool = False,
 ) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, where ``run`` has the functions of this half: it computes by them alone.
 
     The GPU backend works out what to launch once for each shape, and then replays it; ``backward``, given the results,
-    calls what will be replayed next, for its kernels to be compiled along with these.
+    calls what will be replayed next, for its kernels to be compiled along with these. A body may write over an input
+    if it ``overwrites``.
     """
     return body(sys.modules[__name__], *tensors, *options)
 
@@ -536,7 +538,7 @@ def act_grad_grams(
     """`act_grad` of grouped ``h``, the `gram` of ``row_weight * a`` and ``right_a``, and the `shrink_gram` of ``dh``.
 
     Returns:
-        ``(dh, dot, product)``. ``g`` is overwritten, by nothing of use.
+        ``(dh, dot, product)``. ``g`` may be overwritten.
     """
     dh, dot = act_grad(
         g,

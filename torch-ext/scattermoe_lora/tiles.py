@@ -58,11 +58,11 @@ def chunk_rows(num_slots: int, num_experts: int) -> int:
     are added in order. One expert with 30 % of the slots made a step 1.4 times as long as a uniform one while one
     program summed all its rows.
 
-    A 32nd of all rows is less than a processor's share of them, so longer chunks keep nothing waiting. And twice the
-    mean, as half of the experts have a few rows more than that: Mixtral-8x7B's in chunks of 2048, the mean at 8192
-    tokens, were dealt out unevenly, which took 858 us for 746.
+    At least a 32nd of all rows, which is less than a processor's share of them. And twice the mean of eight experts or
+    more, as half of them have a few rows more than that: Mixtral-8x7B's in chunks of 2048, the mean at 8192 tokens,
+    were dealt out unevenly, and took 858 us for 703.
     """
-    return 64 * cdiv(max(2048, cdiv(num_slots, 32), cdiv(2 * num_slots, max(1, num_experts))), 64)
+    return 64 * cdiv(max(2048, cdiv(num_slots, 32), cdiv(2 * num_slots, max(8, num_experts))), 64)
 
 
 # Of all experts that have more than one, as a chunk is at least a 32nd of all rows.

@@ -3,7 +3,8 @@
 As epilogues of the general GEMM they cost more: an accumulator of 128 x 256 leaves no registers to overlap their loads
 and stores with products, and the gradient took 220 us of a step where this pass takes 168. (Hopper's own GEMM has the
 activation as its epilogue.) With the shrink of its result in the same pass the gradient took 232, where the two take
-229, and at rank 64 it took 494, where they take 236; with both grams of its operands, 244 for 261.
+229, and at rank 64 it took 494, where they take 236; with both grams of its operands, 244 for 261. By Hopper's
+specialised warps all of these in one pass take 170 for 252: see `hopper_act_grad`.
 """
 
 from __future__ import annotations
@@ -280,8 +281,8 @@ def act_grad_grams(
         from . import hopper_act_grad
 
         if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
-            chunk, partial_a = partial_sums(routing, out_a, right_a.shape[1])
-            _, partial_h = partial_sums(routing, out_h, right_h.shape[1])
+            chunk, partial_a = partial_sums(routing, out_a, right_a.shape[1], firsts=True)
+            _, partial_h = partial_sums(routing, out_h, right_h.shape[1], firsts=True)
             return hopper_act_grad.hopper_act_grad(
                 g,
                 h,

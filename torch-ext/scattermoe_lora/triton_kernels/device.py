@@ -62,7 +62,7 @@ def use_context() -> None:
 
 @functools.cache
 def has_hopper_kernels(architecture: str) -> bool:
-    """Whether the kernels in `hopper_gemm`, `hopper_gram` and `hopper_narrow` can be used."""
+    """Whether the kernels in `hopper_gemm`, `hopper_gram`, `hopper_narrow` and `hopper_act_grad` can be used."""
     return architecture == "sm_90" and TRITON in KNOWN_TRITON
 
 

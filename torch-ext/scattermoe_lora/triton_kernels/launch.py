@@ -30,10 +30,12 @@ ON_HIP = torch.version.hip is not None
 class Recorder(Protocol):
     """What is told of everything that happens here while it is `recording.recorder` of the thread.
 
-    ``missing`` are the kernels to compile by their key in `_compiled`: after the first of them nothing is launched.
+    ``missing`` are the kernels to compile by their key in `_compiled`: after the first of them nothing is launched,
+    and nothing at all where it only ``looks`` for them.
     """
 
     missing: dict[tuple, Callable[[], Any]]
+    looks: bool
 
     def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
 
@@ -111,7 +113,7 @@ def launch(
             with _compiling:
                 _compiled[known] = kernel[grid](*operands, *scalars, **options)
             return None
-    if recorder is not None and recorder.missing:
+    if recorder is not None and (recorder.missing or recorder.looks):
         return None
     compiled = _compiled[known]
     if compiled is None:  # Triton's interpreter compiles nothing, and what it runs is not recorded

@@ -38,7 +38,12 @@ class _Program:
     the views in the order of their making.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], missing: dict[tuple, Callable[[], Any]] | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Tensor | None],
+        missing: dict[tuple, Callable[[], Any]] | None = None,
+        looks: bool = False,
+    ) -> None:
         self.steps: list[tuple] = []
         self.views: dict[int, list[tuple[int, int]]] = {}  # entry of a tensor: (entry, offset) of its views
         self.views_of_inputs: list[tuple[int, list[tuple[int, int]]]] = []
@@ -48,6 +53,7 @@ class _Program:
         self.size = self.num_fixed = 1 + len(inputs)
         self.complete = True
         self.missing = {} if missing is None else missing  # see `launch.Recorder`
+        self.looks = looks
         for entry, tensor in enumerate(inputs, 1):
             if tensor is not None and tensor.numel():
                 self.entries[tensor.data_ptr()] = entry
@@ -208,8 +214,9 @@ def _record(
     tensors: Sequence[Tensor | None],
     options: tuple,
     missing: dict[tuple, Callable[[], Any]] | None = None,
+    looks: bool = False,
 ) -> tuple[_Program, list[Tensor | None]]:
-    recorder = _Program(tensors, missing)
+    recorder = _Program(tensors, missing, looks)
     with _recorded_by(recorder):
         return recorder, body(sys.modules[__package__], *tensors, *options)
 
@@ -219,13 +226,15 @@ def replay(
     tensors: Sequence[Tensor | None],
     options: tuple,
     backward: Callable[[list[Tensor | None]], Any] | None = None,
+    overwrites: bool = False,
 ) -> list[Tensor | None]:
     """``body(run, *tensors, *options)``, recorded once for each shape of the tensors and value of the options.
 
     ``body`` computes by the functions of this package alone: by `empty`, `columns` and their like, and by those that
     launch; ``run`` is the package. It returns tensors that it allocated, or Nones. ``backward``, given such results,
     calls what will be replayed next: where kernels are missing it is called on results that were never written, and
-    launches none of ours, so that its kernels are compiled side by side with these.
+    launches none of ours, so that its kernels are compiled side by side with these. A ``body`` that ``overwrites`` an
+    input can't begin twice, so what it launches is compiled before it begins.
     """
     first = tensors[0]
     assert first is not None
@@ -252,6 +261,10 @@ def replay(
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
+    if overwrites:
+        missing = _record(body, tensors, options, looks=True)[0].missing
+        if missing:
+            compile_missing(missing)
     recorder, outputs = _record(body, tensors, options)
     missing = recorder.missing
     if missing:

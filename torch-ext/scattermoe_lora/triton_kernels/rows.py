@@ -12,14 +12,6 @@ def expert_rows(offsets_ptr, expert):
 
 
 @triton.jit
-def further_chunks(offsets_ptr, experts, num_experts, chunk_rows):
-    """Of ``experts``, of which some may be none: ``(first row, end, chunks of so many rows beyond the first)``."""
-    end = tl.load(offsets_ptr + experts, mask=experts < num_experts, other=0).to(tl.int32)
-    start = tl.load(offsets_ptr + experts - 1, mask=(experts > 0) & (experts < num_experts), other=0).to(tl.int32)
-    return start, end, tl.maximum(end - start - 1, 0) // chunk_rows
-
-
-@triton.jit
 def tile_entry(tiles_ptr, tile, mask=None):
     """``(expert, first row, end of the expert's rows, its first tile)`` of a scheduled tile; see `Routing.tiles`."""
     entry = tiles_ptr + 4 + tile * 4

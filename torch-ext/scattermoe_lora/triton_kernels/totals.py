@@ -77,7 +77,7 @@ def _total_kernel(
     """The first ``row_programs`` programs add up rows' products, and the routing weights' gradients, which are 0 of
     rows of no expert; the others the grams of experts with more than a chunk of rows.
 
-    Products of rows of no expert were never written, and are never read.
+    Products of rows of no expert were never written: what that adds up to is never read.
     """
     program = tl.program_id(0)
     if program < row_programs:
