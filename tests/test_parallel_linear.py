@@ -512,7 +512,7 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
     out, *saved = ops.moe_mlp_forward(*tensors, *given_index, *flags, given)
     adapters = [given[i] and i in (5, 6, 7, 8) for i in range(10)]
     for needs in [given] + [adapters] * lora:
-        arguments = (torch.randn_like(out), *tensors, *given_index, *saved, *flags, needs)
+        arguments = (torch.randn_like(out), *tensors, *given_index, *saved, *flags, needs, False)
         torch.library.opcheck(ops.moe_mlp_backward, arguments, test_utils=OPCHECKS)
 
 
