@@ -94,6 +94,7 @@ def _load(
             next_slots = gl.load(scattered_ptr + next_rows, mask=next_inside, other=0)
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
+            weights_ring.index(stage).store(weights.to(gl.float32))
             mbarrier.expect(barrier, 3 * ROWS * UNITS * g.dtype.primitive_bitwidth // 8)
             load_block(g, [first, n], barrier, g_ring.index(stage))
             load_block(h, [first, left], barrier, left_ring.index(stage))
@@ -101,8 +102,7 @@ def _load(
             copy_rows(right_a_ptr, rows, rows, inside, Q_A, 0, Q_A, right_a_ring.index(stage), 0, True, Q_A)
             copy_rows(right_h_ptr, rows, rows, inside, Q_H, 0, Q_H, right_h_ring.index(stage), 0, True, Q_H)
             rows_arrive(barrier, increment_count=False)  # of the factor's copies too
-            weights_ring.index(stage).store(weights.to(gl.float32))
-            mbarrier.arrive(barrier)
+            mbarrier.arrive(barrier)  # of the weights
             stage, phase = next_stage(stage, phase, STAGES)
             weights = gl.load(weights_ptr + next_slots, mask=next_inside, other=0.0)
         expert = next_expert
