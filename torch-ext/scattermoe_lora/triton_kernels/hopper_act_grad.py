@@ -29,7 +29,7 @@ from .launch import empty, launch
 # Units and rows of a stage.
 UNITS, ROWS = 128, 64
 # The warps that make half of a stage's units each, and registers a thread of theirs and of the loading ones, by the
-# larger rank; those that sum have what is left, and need more at 32. With others Triton 3.6 or 3.9 spills 72 to 180.
+# larger rank; those that sum have what is left, and need more at 32. Others spill 72 to 180 bytes (Triton 3.6, 3.9).
 WARPS, REGISTERS = gl.constexpr(8), {16: (72, 56), 32: (56, 64)}
 # How they hold 32 rows of 64 units, a row in eight threads, and of gate and up next to one another.
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
