@@ -59,11 +59,11 @@ def test_totals_of_chunks_and_of_tiles(kernel, monkeypatch):
     num_experts, num_slots, num_rows = len(offsets), 85, 78  # 7 slots of no expert
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(num_slots, generator=generator)
-    schedule = run.schedule(offsets, num_slots, ROWS)
+    schedule = run.schedule(offsets, num_slots, 2 * ROWS)
     number, at = schedule[0, 2:].tolist()
     chunks = schedule[1 + at :][:number].tolist()
     assert chunks == [[1, 0, 40, 0], [1, 16, 40, 0], [1, 32, 40, 0], [3, 56, 73, 3], [3, 72, 73, 3]]
-    routing = inner(kernel, "types").Routing(order, offsets, schedule, ROWS)
+    routing = inner(kernel, "types").Routing(order, offsets, schedule, 2 * ROWS)
 
     def parts(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
