@@ -201,7 +201,7 @@ def _dropped(kernel: types.ModuleType, case: Case) -> None:
 
 
 def _transposed(kernel: types.ModuleType, case: Case, is_concatenated: bool = False) -> None:
-    """GPT-OSS's layout: transposed, interleaved, biased, with its gate; everything trains."""
+    """GPT-OSS's layout: transposed, interleaved, biased, with its gate; everything trains, then LoRA alone."""
     t = _Tensors(kernel, case)
     for trains in (True, False):
         t.step(

@@ -72,7 +72,8 @@ def test_totals_of_chunks_and_of_tiles(kernel, monkeypatch):
     partial_a, partial_h = parts(room, P_a, Q_a), parts(room, P_h, Q_h)
     out_a = torch.full((num_experts, 9, P_a), -1.0).mT  # of a padded rank 9 columns are
     out_h = torch.full((num_experts, P_h, Q_h), -1.0)
-    products, dots = totals.parts(11, num_slots, Q_h, order.device), totals.parts(20, num_slots, 1, order.device)
+    products = totals.row_parts(11, num_slots, Q_h, order.device)
+    dots = totals.row_parts(20, num_slots, 1, order.device)
     products.copy_(parts(*products.shape))
     dots.copy_(parts(*dots.shape))
     product, dot = torch.full((num_slots, Q_h), -1.0), torch.full((num_slots,), -1.0)

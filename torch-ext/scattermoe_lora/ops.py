@@ -421,10 +421,7 @@ def _backward_body(
     need_dh = need_x or need_up or need_up_bias or need_up_A or need_up_B
     need_a = need_down or need_down_A
     makes_u_up = gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A)
-    # All that reads a, or dh for its rank: one pass where a kernel makes it, which needs neither to be kept for it.
-    in_one = need_down_A and not need_down and seed is None and need_up_B and makes_u_up
     grads: List[Any] = [None] * 11
-    u_up = None
 
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
@@ -435,6 +432,12 @@ def _backward_body(
         u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out=fan_out, scaling=down_scaling)
         del B_down
         A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
+    B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2) if makes_u_up else None
+    if need_up_B:
+        grads[6] = run.empty_like(gate_up_B)
+    if need_down_A:
+        grads[7] = run.empty_like(down_A)
+    made = None
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
             a = run.grouped_gemm(dout, w_down.mT, routing, x_fan_out=fan_out, z=u_down, expand=A_down)
@@ -451,10 +454,9 @@ def _backward_body(
             "dot_dtype": _dot_dtype(weights, bias_of_dot) if need_weights else None,
             "out": h if overwrite else None,
         }
-        if in_one:
-            grads[6], grads[7] = run.empty_like(gate_up_B), run.empty_like(down_A)
-            B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2)
-            dh, grads[9], u_up = run.act_grad_grams(
+        if need_down_A and not need_down and seed is None and need_up_B and makes_u_up:
+            # All that reads a, or dh for its rank: where one pass makes it, it needs neither to be there for it.
+            made = run.act_grad_grams(
                 a,
                 h,
                 routing,
@@ -466,7 +468,8 @@ def _backward_body(
                 out_h=grads[6],
                 scale=gate_up_scaling,
             )
-            del B_up
+        if made is not None:
+            dh, grads[9], u_up = made
         else:
             # The gradient of a until now, from here on a times the routing weights.
             dh, grads[9] = run.act_grad(a, h, routing, h_fan_out=0, save_a=need_a, **of_activation)
@@ -479,8 +482,7 @@ def _backward_body(
     if need_down_bias:
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
-    if need_down_A and not in_one:
-        grads[7] = run.empty_like(down_A)
+    if need_down_A and made is None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
@@ -489,14 +491,13 @@ def _backward_body(
     a = None  # its memory is free for dX
 
     # Gate and up projection.
-    if need_up_B and not in_one:
-        grads[6] = run.empty_like(gate_up_B)
-        if not makes_u_up:
+    if made is None:
+        u_up = None
+        if B_up is not None:
+            u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
+        elif need_up_B:
             run.gram(dh, xa, routing, grads[6], left_fan_out=0)
-    if makes_u_up and not in_one:
-        B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2)
-        u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
-        del B_up
+    del B_up
     A_up = None if u_up is None or not need_x else run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)

@@ -534,27 +534,13 @@ def act_grad_grams(
     right_h: Tensor,
     out_h: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """`act_grad` of grouped ``h``, the `gram` of ``row_weight * a`` and ``right_a``, and the `shrink_gram` of ``dh``.
 
     Returns:
-        ``(dh, dot, product)``. ``g`` may be overwritten.
+        ``(dh, dot, product)``, or None, and nothing done, where a backend has no one pass for them, as this one.
     """
-    dh, dot = act_grad(
-        g,
-        h,
-        routing,
-        h_fan_out=0,
-        row_weights=row_weights,
-        activation=activation,
-        has_gate=has_gate,
-        is_concatenated=is_concatenated,
-        save_a=True,
-        dot_dtype=dot_dtype,
-        out=out,
-    )
-    gram(g, right_a, routing, out_a, left_fan_out=0)
-    return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)
+    return None
 
 
 def combine(

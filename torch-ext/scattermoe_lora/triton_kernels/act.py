@@ -21,7 +21,7 @@ from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
 from .device import HOPPER_ROWS, gpu, has_hopper_kernels
-from .gram import gram, partial_sums, shrink_gram
+from .gram import partial_sums
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -275,8 +275,8 @@ def act_grad_grams(
     right_h: Tensor,
     out_h: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `reference.act_grad_grams`: on Hopper in one pass where the ranks are small, else in three."""
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """See `reference.act_grad_grams`: made on Hopper, where the ranks are small."""
     if has_gate and routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(g).architecture):
         from . import hopper_act_grad
 
@@ -302,21 +302,7 @@ def act_grad_grams(
                 partial_a=partial_a,
                 partial_h=partial_h,
             )
-    dh, dot = act_grad(
-        g,
-        h,
-        routing,
-        h_fan_out=0,
-        row_weights=row_weights,
-        activation=activation,
-        has_gate=has_gate,
-        is_concatenated=is_concatenated,
-        save_a=True,
-        dot_dtype=dot_dtype,
-        out=out,
-    )
-    gram(g, right_a, routing, out_a, left_fan_out=0)
-    return dh, dot, shrink_gram(dh, factor, right_h, routing, out_h, x_fan_out=0, scale=scale)
+    return None
 
 
 def activated(h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:

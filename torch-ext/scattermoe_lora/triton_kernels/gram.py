@@ -20,7 +20,7 @@ from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
 from .shrink import shrink
-from .totals import parts, totals
+from .totals import row_parts, totals
 
 # Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
 # one expert, and fewer rows are summed before the host has launched another kernel.
@@ -184,13 +184,7 @@ def gram(
             return out
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
-        rank = right.shape[1]
-        chunk, partial = partial_sums(routing, out, rank, firsts=True)
-        columns = narrow.tile_columns(num_experts, P, rank, gpu(left).processors)
-        narrow.hopper_narrow(
-            left, right, routing, out, x_fan_out=left_fan_out, columns=columns, chunk=chunk, partial=partial
-        )
-        totals(routing, chunk=chunk, grams=((partial, out),))
+        _launch_narrow(narrow, left, right, routing, out, x_fan_out=left_fan_out)
         return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
@@ -217,7 +211,7 @@ def shrink_gram(
     scale: float,
 ) -> Tensor:
     """See `reference.shrink_gram`: in one pass where the rank is small, else in two."""
-    num_experts, P, _ = out.shape
+    P = out.shape[1]
     num_slots, Q = routing.num_slots, right.shape[1]
     narrow = _hopper_narrow(x, right, routing, 0, None, factor)
     fused = Q <= (FUSED_RANK if narrow is None else HOPPER_FUSED_RANK) and factor.element_size() == 2
@@ -225,24 +219,9 @@ def shrink_gram(
         gram(x, right, routing, out, left_fan_out=x_fan_out)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     if narrow is not None:
-        columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
-        products = parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
-        chunk, partial = partial_sums(routing, out, Q, firsts=True)
-        narrow.hopper_narrow(
-            x,
-            right,
-            routing,
-            out,
-            x_fan_out=x_fan_out,
-            columns=columns,
-            chunk=chunk,
-            partial=partial,
-            factor=factor,
-            products=products,
-            scale=scale,
-        )
         product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
-        totals(routing, chunk=chunk, grams=((partial, out),), products=products, product=product)
+        of_rows: dict[str, Any] = {"factor": factor, "product": product, "scale": scale}
+        _launch_narrow(narrow, x, right, routing, out, x_fan_out=x_fan_out, **of_rows)
         return product
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
@@ -275,6 +254,40 @@ def _hopper_narrow(
     from . import hopper_narrow
 
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
+
+
+def _launch_narrow(
+    narrow: ModuleType,
+    x: Tensor,
+    right: Tensor,
+    routing: Routing,
+    out: Tensor,
+    *,
+    x_fan_out: int,
+    factor: Tensor | None = None,
+    product: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    """A gram by `_hopper_narrow`'s module, and with ``factor`` the ``product`` of its rows."""
+    num_experts, P, _ = out.shape
+    num_slots, Q = routing.num_slots, right.shape[1]
+    columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
+    products = None if factor is None else row_parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
+    chunk, partial = partial_sums(routing, out, Q, firsts=True)
+    narrow.hopper_narrow(
+        x,
+        right,
+        routing,
+        out,
+        x_fan_out=x_fan_out,
+        columns=columns,
+        chunk=chunk,
+        partial=partial,
+        factor=factor,
+        products=products,
+        scale=scale,
+    )
+    totals(routing, chunk=chunk, grams=((partial, out),), products=products, product=product)
 
 
 def partial_sums(routing: Routing, out: Tensor, Q: int, *, firsts: bool) -> tuple[int, Tensor | None]:

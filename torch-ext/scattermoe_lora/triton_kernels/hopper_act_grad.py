@@ -434,8 +434,8 @@ def hopper_act_grad(
     stages = (gpu(g).shared_memory - 1024 - 4 * UNITS * Q_H * size) // stage
     dh = empty(*h.shape, dtype=h.dtype, device=h.device) if out is None else out
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
-    products = totals.parts(num_tiles, num_slots, Q_H, g.device)
-    dots = totals.parts(2 * num_tiles, num_slots, 1, g.device)
+    products = totals.row_parts(num_tiles, num_slots, Q_H, g.device)
+    dots = totals.row_parts(2 * num_tiles, num_slots, 1, g.device)
     groups = num_experts + (0 if partial_a is None else partial_a.shape[0])
     registers, loading_registers = REGISTERS[max(Q_A, Q_H)]
     launch(

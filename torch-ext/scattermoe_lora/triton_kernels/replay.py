@@ -261,19 +261,16 @@ def replay(
     program = _programs.get(known)
     if program is not None:
         return program.run(tensors, pointers, index)
-    if overwrites:
-        missing = _record(body, tensors, options, looks=True)[0].missing
-        if missing:
-            compile_missing(missing)
-    recorder, outputs = _record(body, tensors, options)
+    recorder, outputs = _record(body, tensors, options, looks=overwrites)
     missing = recorder.missing
-    if missing:
-        if backward is not None:
+    if missing or overwrites:
+        if missing and backward is not None:
             # Where there is no memory for it, this may be a forward alone; if not, the backward compiles its own.
             with _recorded_by(recorder), contextlib.suppress(torch.OutOfMemoryError):
                 backward(outputs)
         del recorder, outputs  # what it allocated, and never wrote
-        compile_missing(missing)
+        if missing:
+            compile_missing(missing)
         recorder, outputs = _record(body, tensors, options)
         assert not recorder.missing, "a kernel was compiled for other arguments than it is launched with"
     if recorder.finish(outputs):

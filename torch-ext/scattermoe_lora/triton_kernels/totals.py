@@ -21,7 +21,7 @@ def _total_gram(
     chunk, block, partial_ptr, out_ptr, tiles_ptr, chunk_rows, P, columns, stride_oe, stride_op, stride_oq,
     Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of an expert's gram, if there is this chunk and it is the first of the expert's."""
+    """A block of an expert's gram, of which ``chunk`` is the first."""
     expert, start, end, _first = scheduled_chunk(tiles_ptr, chunk)
     element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < P * Q
@@ -110,7 +110,8 @@ def _total_kernel(
         chunk = (program - row_programs) // blocks
         block = (program - row_programs) % blocks
         if chunk < tl.load(tiles_ptr + 2):
-            if tl.load(tiles_ptr + 4 * (1 + tl.load(tiles_ptr + 3) + chunk) + 3) == chunk:
+            _expert, _start, _end, first = scheduled_chunk(tiles_ptr, chunk)
+            if first == chunk:
                 if partial_a_ptr is not None:
                     if block < blocks_a:
                         _total_gram(
@@ -125,7 +126,7 @@ def _total_kernel(
                         )  # fmt: skip
 
 
-def parts(number: int, num_slots: int, Q: int, device: torch.device) -> Tensor:
+def row_parts(number: int, num_slots: int, Q: int, device: torch.device) -> Tensor:
     """Room for so many parts of all rows' Q sums, with strides that are the same modulo 16 for any number of slots:
     kernels are compiled for that."""
     return empty(number, tiles.cdiv(num_slots, 16) * 16 * Q, dtype=torch.float32, device=device)
