@@ -29,7 +29,7 @@ ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
 # and 4 % slower.
 STAGES = 3
 # Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left.
-REGISTERS = 224
+REGISTERS = 208
 
 # What Triton 3.9 calls otherwise.
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -126,39 +126,28 @@ def before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Memory in which outputs wait to be stored, while the next tile is multiplied: 64 columns after 64.
+    """Memory in which a warpgroup's outputs each wait to be stored, while the next tile is multiplied.
 
     In registers they leave none to compute an activation with.
     """
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, 64], dtype)
-    return gl.allocate_shared_memory(dtype, [2 * (COLUMNS // 64), ROWS // 2, 64], layout)
-
-
-@gluon.jit
-def _halves(y):
-    """The first and the second half of the columns; both are each thread's own, so nothing moves."""
-    return gl.split(gl.permute(gl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1)))
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, COLUMNS], dtype)
+    return gl.allocate_shared_memory(dtype, [2, ROWS // 2, COLUMNS], layout)
 
 
 @gluon.jit
 def hold(held, acc, PART: gl.constexpr):
     """A warpgroup's output ``[64, 256]`` to where it waits."""
-    left, right = _halves(acc.to(held.dtype))
-    columns_0, columns_1 = _halves(left)
-    columns_2, columns_3 = _halves(right)
-    held.index(4 * PART).store(columns_0)
-    held.index(4 * PART + 1).store(columns_1)
-    held.index(4 * PART + 2).store(columns_2)
-    held.index(4 * PART + 3).store(columns_3)
+    held.index(PART).store(acc.to(held.dtype))
 
 
 @gluon.jit
 def held_block(held, PART: gl.constexpr, columns, half_rows):
-    """32 rows of 64 columns of what a warpgroup holds: a thread has 16 elements of them."""
+    """32 rows of 64 columns of what a warpgroup holds, which lies 64 columns after 64: a thread has 16 elements."""
     ROWS: gl.constexpr = held.shape[1] // 2
+    BLOCKS: gl.constexpr = held.shape[2] // 64
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], held.dtype)
-    blocks = _reinterpret(held, held.dtype, [2 * held.shape[0], ROWS, 64], layout)
-    return blocks.index(2 * (4 * PART + columns) + half_rows).load(COPIES)
+    blocks = _reinterpret(held, held.dtype, [4 * BLOCKS, ROWS, 64], layout)
+    return blocks.index(2 * (BLOCKS * PART + columns) + half_rows).load(COPIES)
 
 
 @gluon.jit

@@ -1,10 +1,10 @@
 """The grouped GEMM on Hopper: the same product and the same bits as `grouped_gemm`'s kernel, by specialised warps.
 
-Four warps load, two warpgroups multiply 64 rows each: loads run on into the next tile, an output is stored while the
-next one is multiplied, with its activation where it has one, and the half that an expert's last rows leave empty
-multiplies nothing. On an H200 the four products of a Qwen3-30B-A3B step took 2.01 ms for 2.25, and the up product with
-its activation 666 us for 642 and a pass of 77. Gluon, as Triton itself leaves gathered rows in one group of warps; no
-interpreter runs it.
+One warp loads by TMA, or two and two more where rows are gathered; two warpgroups multiply 64 rows each: loads run on
+into the next tile, an output is stored while the next one is multiplied, with its activation where it has one, and the
+half that an expert's last rows leave empty multiplies nothing. On an H200 the four products of a Qwen3-30B-A3B step
+took 2.01 ms for 2.25, and the up product with its activation 666 us for 642 and a pass of 77. Gluon, as Triton itself
+leaves gathered rows in one group of warps; no interpreter runs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ from .hopper import (
     wait_full,
 )
 from .launch import launch
-from .rows import operand_rows, scheduled_tile
+from .rows import operand_rows, scheduled_tile, tile_entry, tile_of_entry
+
+# How two warps copy gathered rows: 16 bytes a thread, as `COPIES`. Two copy each half, so one on each of a processor's
+# schedulers: two for all rows filled the queues of two schedulers, and the warps there that multiply waited, 3 to 6 %
+# of a product of gathered rows.
+ROW_COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
 
 
 @gluon.jit
@@ -63,34 +68,69 @@ def _expect(barrier, both, EITHER: gl.constexpr, EACH_HALF: gl.constexpr):
 
 
 @gluon.jit
-def _load(
-    x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_xm,
+def _tell(told, stage, first_row, end, column_tile, expert):
+    """Tells those who multiply of the tile that begins in this stage, which is empty."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    told.index(4 * stage).store(gl.full([1], first_row, gl.int32, layout=one))
+    told.index(4 * stage + 1).store(gl.full([1], end, gl.int32, layout=one))
+    told.index(4 * stage + 2).store(gl.full([1], column_tile, gl.int32, layout=one))
+    told.index(4 * stage + 3).store(gl.full([1], expert, gl.int32, layout=one))
+
+
+@gluon.jit
+def _told(told, stage, what: gl.constexpr):
+    """One of these, once the stage is full."""
+    value = told.index(4 * stage + what).load(gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.sum(value, 0)
+
+
+@gluon.jit
+def _slots(scattered_ptr, rows, end):
+    """Of grouped rows, those that are an expert's."""
+    return gl.load(scattered_ptr + rows, mask=rows < end, other=0)
+
+
+@gluon.jit
+def _copy_half(x_ptr, slots, inside, k, K, stride_xm, memory, FAN_OUT: gl.constexpr, EVEN_K: gl.constexpr):
+    """Half of a block of gathered rows; those past the expert's are zeros, which cost less than a repeated row."""
+    kk = k + gl.arange(0, memory.shape[1], layout=gl.SliceLayout(0, ROW_COPIES))
+    address = x_ptr + (operand_rows(slots, slots, FAN_OUT) * stride_xm)[:, None] + kk[None, :]
+    inside = inside[:, None]
+    if not EVEN_K:
+        inside = inside & (kk < K)[None, :]
+    load_rows(memory, address, mask=inside)
+
+
+@gluon.jit
+def _load_blocks(
+    x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, told, full, empty, N, K, stride_xm,
     X_FAN_OUT: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr, LORA_STEPS: gl.constexpr,
     BLOCK_R: gl.constexpr, PIECES: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
+    """Loads all blocks of all tiles, as far ahead as the ring allows; of gathered rows each tile's first half."""
     GATHERED: gl.constexpr = X_FAN_OUT > 0
     HALF: gl.constexpr = BLOCK_M // 2
     dtype: gl.constexpr = w.dtype
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    kk = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, COPIES))
-    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, COPIES))
     stage = 0
     phase = 1
     num_column_tiles = gl.cdiv(N, BLOCK_N)
-    for tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
-        expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
+    end_tile = gl.load(tiles_ptr) * num_column_tiles
+    first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
+    expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, first, num_column_tiles, BLOCK_M, GROUP_M)
+    if GATHERED:
+        row = gl.arange(0, HALF, layout=gl.SliceLayout(1, ROW_COPIES))
+        slots = _slots(scattered_ptr, first_row + row, end)
+    for tile in range(gl.program_id(0), end_tile, gl.num_programs(0)):
+        # Loaded a tile ahead, and told to those who multiply: a look-up takes 700 to 1200 cycles, of a tile's 16,000
+        # to 40,000, in which the tensor cores had nothing to do.
+        following = gl.minimum(tile + gl.num_programs(0), end_tile - 1)
+        entry = tile_entry(tiles_ptr, following // num_column_tiles)
         n = column_tile * (BLOCK_N // PIECES)
         both = first_row + HALF < end
-        if GATHERED:
-            # Rows past the expert's are zeros, which cost less to multiply than a repeated row.
-            mask_0 = first_row + row < end
-            mask_1 = first_row + HALF + row < end
-            slots_0 = gl.load(scattered_ptr + first_row + row, mask=mask_0, other=0)
-            slots_1 = gl.load(scattered_ptr + first_row + HALF + row, mask=mask_1, other=0)
-            x_0 = x_ptr + (operand_rows(slots_0, slots_0, X_FAN_OUT) * stride_xm)[:, None] + kk[None, :]
-            x_1 = x_ptr + (operand_rows(slots_1, slots_1, X_FAN_OUT) * stride_xm)[:, None] + kk[None, :]
+        mbarrier.wait(empty.index(stage), phase)
+        _tell(told, stage, first_row, end, column_tile, expert)
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
@@ -105,19 +145,18 @@ def _load(
                 else:
                     load_block(w, [expert, k, n + piece * (N // PIECES)], barrier, b)
             if GATHERED:
-                inside_0 = mask_0[:, None]
-                inside_1 = mask_1[:, None]
-                if not EVEN_K:
-                    inside_0 = inside_0 & (kk < K - k)[None, :]
-                    inside_1 = inside_1 & (kk < K - k)[None, :]
-                load_rows(a_ring.index(2 * stage), x_0 + k, mask=inside_0)
-                if both:
-                    load_rows(a_ring.index(2 * stage + 1), x_1 + k, mask=inside_1)
+                inside = first_row + row < end
+                _copy_half(x_ptr, slots, inside, k, K, stride_xm, a_ring.index(2 * stage), X_FAN_OUT, EVEN_K)
                 rows_arrive(barrier, increment_count=False)
             else:
                 load_block(x, [first_row, k], barrier, a_ring.index(2 * stage))
                 load_block(x, [first_row + HALF, k], barrier, a_ring.index(2 * stage + 1), pred=both)
             stage, phase = next_stage(stage, phase, STAGES)
+        next_expert, next_row, next_end, column_tile = tile_of_entry(
+            entry, following, num_column_tiles, BLOCK_M, GROUP_M
+        )
+        if GATHERED:
+            slots = _slots(scattered_ptr, next_row + row, next_end)
         for step in gl.static_range(LORA_STEPS):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
@@ -134,6 +173,45 @@ def _load(
             if GATHERED:
                 rows_arrive(barrier, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+        expert = next_expert
+        first_row = next_row
+        end = next_end
+
+
+@gluon.jit
+def _load_rows(
+    x_ptr, tiles_ptr, scattered_ptr, a_ring, full, empty, N, K, stride_xm, X_FAN_OUT: gl.constexpr,
+    LORA_STEPS: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """Copies the second half of each tile's rows where they are gathered; elsewhere nothing."""
+    if X_FAN_OUT > 0:
+        HALF: gl.constexpr = BLOCK_M // 2
+        row = HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, ROW_COPIES))
+        stage = 0
+        phase = 1
+        num_column_tiles = gl.cdiv(N, BLOCK_N)
+        end_tile = gl.load(tiles_ptr) * num_column_tiles
+        first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
+        _expert, first_row, end, _column = scheduled_tile(tiles_ptr, first, num_column_tiles, BLOCK_M, GROUP_M)
+        slots = _slots(scattered_ptr, first_row + row, end)
+        for tile in range(gl.program_id(0), end_tile, gl.num_programs(0)):
+            following = gl.minimum(tile + gl.num_programs(0), end_tile - 1)
+            entry = tile_entry(tiles_ptr, following // num_column_tiles)
+            both = first_row + HALF < end
+            inside = first_row + row < end
+            for k in range(0, K, BLOCK_K):
+                mbarrier.wait(empty.index(stage), phase)
+                if both:
+                    _copy_half(x_ptr, slots, inside, k, K, stride_xm, a_ring.index(2 * stage + 1), X_FAN_OUT, EVEN_K)
+                rows_arrive(full.index(stage), increment_count=False)
+                stage, phase = next_stage(stage, phase, STAGES)
+            _expert, first_row, end, _column = tile_of_entry(entry, following, num_column_tiles, BLOCK_M, GROUP_M)
+            slots = _slots(scattered_ptr, first_row + row, end)
+            for _step in gl.static_range(LORA_STEPS):
+                mbarrier.wait(empty.index(stage), phase)
+                rows_arrive(full.index(stage), increment_count=False)
+                stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -186,7 +264,7 @@ def _finish(
 
 @gluon.jit
 def _multiply(
-    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
     stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
@@ -208,9 +286,13 @@ def _multiply(
     # Never zeroed again: a tile's first product does without what is there, which makes a step 1 to 2 % shorter.
     acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)
     num_column_tiles = gl.cdiv(N, BLOCK_N)
-    for tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
-        expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M, GROUP_M)
-        first_row += HALF * PART
+    for _tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
+        mbarrier.wait(full.index(stage), phase)
+        first_row = _told(told, stage, 0) + HALF * PART
+        end = _told(told, stage, 1)
+        column_tile = _told(told, stage, 2)
+        if HAS_BIAS:
+            expert = _told(told, stage, 3)
         if first_row < end:
             for k in range(0, K, BLOCK_K):
                 wait_full(full.index(stage), phase, GATHERED)
@@ -316,14 +398,16 @@ def _hopper_gemm_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
     held = held_outputs(a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
-    # What TMA loads, and each loading thread if it copies rows.
+    told = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # What TMA loads, and each thread that copies rows.
     full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
+    LOADING_WARPS: gl.constexpr = 2 if X_FAN_OUT > 0 else 1
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
                     stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
                     LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
                     BLOCK_M, BLOCK_N, BLOCK_K,
@@ -332,23 +416,30 @@ def _hopper_gemm_kernel(
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, full, empty, N, K,
+                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
                     stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
                     LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
                     BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
-                _load,
+                _load_rows,
                 (
-                    x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, full, empty, N, K, stride_xm,
-                    X_FAN_OUT, W_TMA, EXPAND_TMA, LORA_STEPS, BLOCK_R, PIECES, EVEN_K, GROUP_M, STAGES, BLOCK_M,
-                    BLOCK_N, BLOCK_K,
+                    x_ptr, tiles_ptr, scattered_ptr, a_ring, full, empty, N, K, stride_xm, X_FAN_OUT, LORA_STEPS,
+                    EVEN_K, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
+                ),
+            ),
+            (
+                _load_blocks,
+                (
+                    x_ptr, x, w, z, expand, tiles_ptr, scattered_ptr, a_ring, b_ring, told, full, empty, N, K,
+                    stride_xm, X_FAN_OUT, W_TMA, EXPAND_TMA, LORA_STEPS, BLOCK_R, PIECES, EVEN_K, GROUP_M, STAGES,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
         ],
-        [4, 4],
-        [REGISTERS, 504 - 2 * REGISTERS],
+        [4, 2, LOADING_WARPS],
+        [REGISTERS, 504 - 2 * REGISTERS, 504 - 2 * REGISTERS],
     )  # fmt: skip
 
 

@@ -45,15 +45,22 @@ def scheduled_part(tiles_ptr, program, TILE_ROWS: tl.constexpr, BLOCK_M: tl.cons
 
 @triton.jit
 def scheduled_tile(tiles_ptr, tile, num_column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """``(expert, first row, end of the expert's rows, column tile)`` of a product's tile.
+    """``(expert, first row, end of the expert's rows, column tile)`` of a product's tile."""
+    entry = tile_entry(tiles_ptr, tile // num_column_tiles)
+    return tile_of_entry(entry, tile, num_column_tiles, BLOCK_M, GROUP_M)
+
+
+@triton.jit
+def tile_of_entry(entry, tile, num_column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """The same, of the entry at ``tile // num_column_tiles``, which a loop may load long before it is used.
 
     An expert's tiles follow one another, up to GROUP_M row tiles for each column tile: they read a weight block
     together, so once from memory. Where a program would always have the same of an expert's row tiles, as their number
     divides the programs', it has the next one each time: with two of them, and the second one not full, half of the
     programs had all of the full ones.
     """
+    expert, first_row, end, first_tile = entry
     row_tile = tile // num_column_tiles  # of this expert, and of this group
-    expert, first_row, end, first_tile = tile_entry(tiles_ptr, row_tile)
     start = first_row - (row_tile - first_tile) * BLOCK_M
     group = (row_tile - first_tile) // GROUP_M * GROUP_M
     left = (end - start + BLOCK_M - 1) // BLOCK_M - group
