@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -119,6 +121,17 @@ def use_general_kernels(kernel, monkeypatch):
     inner(kernel, "triton_kernels.replay")._programs.clear()
 
 
+@contextlib.contextmanager
+def few_programs(kernel, monkeypatch):
+    """Five programs for a product, so that each has many tiles: their loads run on from one into the next."""
+    with monkeypatch.context() as patch:
+        for name in ("hopper_gemm", "hopper_gram"):
+            module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+            gpu = module.gpu
+            patch.setattr(module, "gpu", lambda tensor, gpu=gpu: dataclasses.replace(gpu(tensor), processors=5))
+        yield
+
+
 @needs_hopper
 @pytest.mark.parametrize("options", HOPPER.values(), ids=HOPPER)
 def test_hopper_kernels(kernel, options, monkeypatch):
@@ -145,8 +158,9 @@ def test_hopper_kernels(kernel, options, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
     replay._programs.clear()
-    got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
-    with torch.no_grad():  # nothing but the activation is stored
+    with few_programs(kernel, monkeypatch):
+        got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
+    with torch.no_grad():  # nothing but the activation is stored, and there are as many programs as the GPU runs
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
@@ -170,12 +184,13 @@ def test_hopper_kernels(kernel, options, monkeypatch):
 
 
 @needs_hopper
-def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, monkeypatch):
+@pytest.mark.parametrize("all_are", [False, True], ids=["some", "all"])
+def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, monkeypatch):
     """`parallel_linear`'s rows of no expert are zeros, grouped or scattered, whatever was in that memory."""
     E, T, k, H, N, r = 5, 700, 2, 320, 336, 16
     options = {"device": "cuda", "dtype": torch.bfloat16}
     torch.manual_seed(4)
-    index = torch.randint(0, E + 1, (T, k), device="cuda")
+    index = torch.randint(E if all_are else 0, E + 1, (T, k), device="cuda")
     x, weight = torch.randn(T, H, **options, requires_grad=True), torch.randn(E, H, N, **options, requires_grad=True)
     lora_A, lora_B = torch.randn(E * r, H, **options), torch.randn(N, E * r, **options)
 
@@ -201,7 +216,8 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, monkeypatch):
         return computed
 
     monkeypatch.setattr(module, "hopper_gemm", call)
-    got = run()
+    with few_programs(kernel, monkeypatch):
+        got = run()
     assert cleared and all(cleared)
     no_expert = index.reshape(-1) == E
     assert no_expert.any() and not got[0][no_expert].any() and not got[3][-int(no_expert.sum()) :].any()

@@ -28,7 +28,8 @@ ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
 # Stages of the ring. With four, processors that share a weight block drift apart: 1.82 GB read from memory for 1.24,
 # and 4 % slower.
 STAGES = 3
-# Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left.
+# Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left:
+# with 224 that were 56, too few for those that copy rows.
 REGISTERS = 208
 
 # What Triton 3.9 calls otherwise.
@@ -69,10 +70,10 @@ def matrix(stage, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 @gluon.jit
 def copy_rows(
     ptr, rows, slots, mask, stride, first_column, columns, memory,
-    FAN_OUT: gl.constexpr, EVEN: gl.constexpr, WIDTH: gl.constexpr,
+    FAN_OUT: gl.constexpr, EVEN: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr = COPIES,
 ):  # fmt: skip
     """WIDTH columns of an operand's rows; zeros past the mask, if there is one, and past its columns."""
-    column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIES))
+    column = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     address = ptr + (operand_rows(rows.to(gl.int64), slots, FAN_OUT) * stride)[:, None] + column[None, :]
     if mask is not None:
         inside = mask[:, None]
@@ -125,8 +126,34 @@ def before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def told_memory(STAGES: gl.constexpr):
+    """Memory in which those who load tell those who multiply what the tile is that begins in a stage."""
+    return gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def tell(told, stage, first, second, third, fourth):
+    """Tells four numbers of the tile that begins in this stage, which is empty."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    told.index(4 * stage).store(gl.full([1], first, gl.int32, layout=one))
+    told.index(4 * stage + 1).store(gl.full([1], second, gl.int32, layout=one))
+    told.index(4 * stage + 2).store(gl.full([1], third, gl.int32, layout=one))
+    told.index(4 * stage + 3).store(gl.full([1], fourth, gl.int32, layout=one))
+
+
+@gluon.jit
+def listen(told, stage):
+    """What was told of the tile that begins in this stage, which is full."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    first = gl.sum(told.index(4 * stage).load(one), 0)
+    second = gl.sum(told.index(4 * stage + 1).load(one), 0)
+    third = gl.sum(told.index(4 * stage + 2).load(one), 0)
+    return first, second, third, gl.sum(told.index(4 * stage + 3).load(one), 0)
+
+
+@gluon.jit
 def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Memory in which a warpgroup's outputs each wait to be stored, while the next tile is multiplied.
+    """Memory in which each warpgroup's output waits to be stored, while the next tile is multiplied.
 
     In registers they leave none to compute an activation with.
     """

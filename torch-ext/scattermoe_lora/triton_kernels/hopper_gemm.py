@@ -2,9 +2,9 @@
 
 One warp loads by TMA, or two and two more where rows are gathered; two warpgroups multiply 64 rows each: loads run on
 into the next tile, an output is stored while the next one is multiplied, with its activation where it has one, and the
-half that an expert's last rows leave empty multiplies nothing. On an H200 the four products of a Qwen3-30B-A3B step
-took 2.01 ms for 2.25, and the up product with its activation 666 us for 642 and a pass of 77. Gluon, as Triton itself
-leaves gathered rows in one group of warps; no interpreter runs it.
+half that an expert's last rows leave empty multiplies nothing. With four loading warps, an H200 took 2.01 ms for 2.25
+for the four products of a Qwen3-30B-A3B step, and for the up product with its activation 666 us for 642 and a pass of
+77; now 1 to 2 % less. Gluon, as Triton itself leaves gathered rows in one group of warps; no interpreter runs it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ from .hopper import (
     barriers,
     before,
     block,
+    copy_rows,
     descriptor,
     held_block,
     held_outputs,
     hold,
+    listen,
     load_block,
-    load_rows,
     matrix,
     next_stage,
     rows_arrive,
     store,
+    tell,
+    told_memory,
     wait_full,
 )
 from .launch import launch
-from .rows import operand_rows, scheduled_tile, tile_entry, tile_of_entry
+from .rows import scheduled_tile, tile_entry, tile_of_entry
 
 # How two warps copy gathered rows: 16 bytes a thread, as `COPIES`. Two copy each half, so one on each of a processor's
 # schedulers: two for all rows filled the queues of two schedulers, and the warps there that multiply waited, 3 to 6 %
@@ -68,37 +71,9 @@ def _expect(barrier, both, EITHER: gl.constexpr, EACH_HALF: gl.constexpr):
 
 
 @gluon.jit
-def _tell(told, stage, first_row, end, column_tile, expert):
-    """Tells those who multiply of the tile that begins in this stage, which is empty."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    told.index(4 * stage).store(gl.full([1], first_row, gl.int32, layout=one))
-    told.index(4 * stage + 1).store(gl.full([1], end, gl.int32, layout=one))
-    told.index(4 * stage + 2).store(gl.full([1], column_tile, gl.int32, layout=one))
-    told.index(4 * stage + 3).store(gl.full([1], expert, gl.int32, layout=one))
-
-
-@gluon.jit
-def _told(told, stage, what: gl.constexpr):
-    """One of these, once the stage is full."""
-    value = told.index(4 * stage + what).load(gl.BlockedLayout([1], [32], [4], [0]))
-    return gl.sum(value, 0)
-
-
-@gluon.jit
 def _slots(scattered_ptr, rows, end):
-    """Of grouped rows, those that are an expert's."""
+    """The slots of grouped rows; 0 for those past the expert's."""
     return gl.load(scattered_ptr + rows, mask=rows < end, other=0)
-
-
-@gluon.jit
-def _copy_half(x_ptr, slots, inside, k, K, stride_xm, memory, FAN_OUT: gl.constexpr, EVEN_K: gl.constexpr):
-    """Half of a block of gathered rows; those past the expert's are zeros, which cost less than a repeated row."""
-    kk = k + gl.arange(0, memory.shape[1], layout=gl.SliceLayout(0, ROW_COPIES))
-    address = x_ptr + (operand_rows(slots, slots, FAN_OUT) * stride_xm)[:, None] + kk[None, :]
-    inside = inside[:, None]
-    if not EVEN_K:
-        inside = inside & (kk < K)[None, :]
-    load_rows(memory, address, mask=inside)
 
 
 @gluon.jit
@@ -129,8 +104,10 @@ def _load_blocks(
         entry = tile_entry(tiles_ptr, following // num_column_tiles)
         n = column_tile * (BLOCK_N // PIECES)
         both = first_row + HALF < end
+        if GATHERED:  # rows past the expert's are zeros, which cost less to multiply than a repeated row
+            inside = first_row + row < end
         mbarrier.wait(empty.index(stage), phase)
-        _tell(told, stage, first_row, end, column_tile, expert)
+        tell(told, stage, first_row, end, column_tile, expert)
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
@@ -145,8 +122,10 @@ def _load_blocks(
                 else:
                     load_block(w, [expert, k, n + piece * (N // PIECES)], barrier, b)
             if GATHERED:
-                inside = first_row + row < end
-                _copy_half(x_ptr, slots, inside, k, K, stride_xm, a_ring.index(2 * stage), X_FAN_OUT, EVEN_K)
+                copy_rows(
+                    x_ptr, slots, slots, inside, stride_xm, k, K, a_ring.index(2 * stage), X_FAN_OUT, EVEN_K, BLOCK_K,
+                    ROW_COPIES,
+                )  # fmt: skip
                 rows_arrive(barrier, increment_count=False)
             else:
                 load_block(x, [first_row, k], barrier, a_ring.index(2 * stage))
@@ -184,7 +163,7 @@ def _load_rows(
     LORA_STEPS: gl.constexpr, EVEN_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """Copies the second half of each tile's rows where they are gathered; elsewhere nothing."""
+    """Copies the second half of each tile's rows where they are gathered; elsewhere two warps that do nothing."""
     if X_FAN_OUT > 0:
         HALF: gl.constexpr = BLOCK_M // 2
         row = HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, ROW_COPIES))
@@ -203,7 +182,10 @@ def _load_rows(
             for k in range(0, K, BLOCK_K):
                 mbarrier.wait(empty.index(stage), phase)
                 if both:
-                    _copy_half(x_ptr, slots, inside, k, K, stride_xm, a_ring.index(2 * stage + 1), X_FAN_OUT, EVEN_K)
+                    copy_rows(
+                        x_ptr, slots, slots, inside, stride_xm, k, K, a_ring.index(2 * stage + 1), X_FAN_OUT, EVEN_K,
+                        BLOCK_K, ROW_COPIES,
+                    )  # fmt: skip
                 rows_arrive(full.index(stage), increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
             _expert, first_row, end, _column = tile_of_entry(entry, following, num_column_tiles, BLOCK_M, GROUP_M)
@@ -288,11 +270,8 @@ def _multiply(
     num_column_tiles = gl.cdiv(N, BLOCK_N)
     for _tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
         mbarrier.wait(full.index(stage), phase)
-        first_row = _told(told, stage, 0) + HALF * PART
-        end = _told(told, stage, 1)
-        column_tile = _told(told, stage, 2)
-        if HAS_BIAS:
-            expert = _told(told, stage, 3)
+        first_row, end, column_tile, expert = listen(told, stage)
+        first_row += HALF * PART
         if first_row < end:
             for k in range(0, K, BLOCK_K):
                 wait_full(full.index(stage), phase, GATHERED)
@@ -398,10 +377,9 @@ def _hopper_gemm_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
     held = held_outputs(a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
-    told = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = told_memory(STAGES)
     # What TMA loads, and each thread that copies rows.
     full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
-    LOADING_WARPS: gl.constexpr = 2 if X_FAN_OUT > 0 else 1
     gl.warp_specialize(
         [
             (
@@ -438,7 +416,7 @@ def _hopper_gemm_kernel(
                 ),
             ),
         ],
-        [4, 2, LOADING_WARPS],
+        [4, 2, 2 if X_FAN_OUT > 0 else 1],
         [REGISTERS, 504 - 2 * REGISTERS, 504 - 2 * REGISTERS],
     )  # fmt: skip
 
