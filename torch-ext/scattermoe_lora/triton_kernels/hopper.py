@@ -126,32 +126,6 @@ def before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def told_memory(STAGES: gl.constexpr):
-    """Memory in which those who load tell those who multiply what the tile is that begins in a stage."""
-    return gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def tell(told, stage, first, second, third, fourth):
-    """Tells four numbers of the tile that begins in this stage, which is empty."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    told.index(4 * stage).store(gl.full([1], first, gl.int32, layout=one))
-    told.index(4 * stage + 1).store(gl.full([1], second, gl.int32, layout=one))
-    told.index(4 * stage + 2).store(gl.full([1], third, gl.int32, layout=one))
-    told.index(4 * stage + 3).store(gl.full([1], fourth, gl.int32, layout=one))
-
-
-@gluon.jit
-def listen(told, stage):
-    """What was told of the tile that begins in this stage, which is full."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    first = gl.sum(told.index(4 * stage).load(one), 0)
-    second = gl.sum(told.index(4 * stage + 1).load(one), 0)
-    third = gl.sum(told.index(4 * stage + 2).load(one), 0)
-    return first, second, third, gl.sum(told.index(4 * stage + 3).load(one), 0)
-
-
-@gluon.jit
 def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Memory in which each warpgroup's output waits to be stored, while the next tile is multiplied.
 

@@ -35,14 +35,11 @@ from .hopper import (
     held_block,
     held_outputs,
     hold,
-    listen,
     load_block,
     matrix,
     next_stage,
     rows_arrive,
     store,
-    tell,
-    told_memory,
     wait_full,
 )
 from .launch import launch
@@ -68,6 +65,26 @@ def _expect(barrier, both, EITHER: gl.constexpr, EACH_HALF: gl.constexpr):
     """Bytes on their way to a stage: those of either half of the rows, and those of the halves that have any."""
     mbarrier.expect(barrier, EITHER + 2 * EACH_HALF, pred=both)
     mbarrier.expect(barrier, EITHER + EACH_HALF, pred=both == 0)
+
+
+@gluon.jit
+def _tell(told, stage, first_row, end, column_tile, expert):
+    """Tells those who multiply of the tile that begins in this stage, which is empty."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    told.index(4 * stage).store(gl.full([1], first_row, gl.int32, layout=one))
+    told.index(4 * stage + 1).store(gl.full([1], end, gl.int32, layout=one))
+    told.index(4 * stage + 2).store(gl.full([1], column_tile, gl.int32, layout=one))
+    told.index(4 * stage + 3).store(gl.full([1], expert, gl.int32, layout=one))
+
+
+@gluon.jit
+def _told(told, stage):
+    """What was told, once the stage is full."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    first_row = gl.sum(told.index(4 * stage).load(one), 0)
+    end = gl.sum(told.index(4 * stage + 1).load(one), 0)
+    column_tile = gl.sum(told.index(4 * stage + 2).load(one), 0)
+    return first_row, end, column_tile, gl.sum(told.index(4 * stage + 3).load(one), 0)
 
 
 @gluon.jit
@@ -107,7 +124,7 @@ def _load_blocks(
         if GATHERED:  # rows past the expert's are zeros, which cost less to multiply than a repeated row
             inside = first_row + row < end
         mbarrier.wait(empty.index(stage), phase)
-        tell(told, stage, first_row, end, column_tile, expert)
+        _tell(told, stage, first_row, end, column_tile, expert)
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
@@ -270,7 +287,7 @@ def _multiply(
     num_column_tiles = gl.cdiv(N, BLOCK_N)
     for _tile in range(gl.program_id(0), gl.load(tiles_ptr) * num_column_tiles, gl.num_programs(0)):
         mbarrier.wait(full.index(stage), phase)
-        first_row, end, column_tile, expert = listen(told, stage)
+        first_row, end, column_tile, expert = _told(told, stage)
         first_row += HALF * PART
         if first_row < end:
             for k in range(0, K, BLOCK_K):
@@ -377,7 +394,7 @@ def _hopper_gemm_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
     held = held_outputs(a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
-    told = told_memory(STAGES)
+    told = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # What TMA loads, and each thread that copies rows.
     full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
     gl.warp_specialize(

@@ -30,13 +30,10 @@ from .hopper import (
     held_block,
     held_outputs,
     hold,
-    listen,
     load_block,
     next_stage,
     rows_arrive,
     store,
-    tell,
-    told_memory,
     wait_full,
 )
 from .launch import launch
@@ -58,7 +55,7 @@ def _gram_tile(offsets_ptr, tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.const
 
 @gluon.jit
 def _load(
-    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, told, full, empty, num_tiles, M, N,
+    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty, num_tiles, M, N,
     stride_lm, stride_rm, LEFT_FAN_OUT: gl.constexpr, RIGHT_FAN_OUT: gl.constexpr, EVEN_M: gl.constexpr,
     EVEN_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
@@ -69,16 +66,9 @@ def _load(
     row = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, COPIES))
     stage = 0
     phase = 1
-    expert, start, end, m, n = _gram_tile(offsets_ptr, gl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        # A tile ahead, as in `hopper_gemm`.
-        following = gl.minimum(tile + gl.num_programs(0), num_tiles - 1)
-        next_expert, next_start, next_end, next_m, next_n = _gram_tile(offsets_ptr, following, M, N, BLOCK_M, BLOCK_N)
-        mbarrier.wait(empty.index(stage), phase)
-        # At least one block, of zeros, for an expert without rows. Numbers of tiles, for a multiple of 256 is one that
-        # allows wide stores only where the compiler sees it multiplied.
-        tell(told, stage, gl.maximum(gl.cdiv(end - start, BLOCK_K), 1), m // BLOCK_M, n // BLOCK_N, expert)
+        _expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
+        slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
         whole = start + (end - start) // BLOCK_K * BLOCK_K
         for first in range(start, whole, BLOCK_K):
             rows = first + row
@@ -119,12 +109,6 @@ def _load(
             rows_arrive(barrier, increment_count=False)
             fence_async_shared()  # before TMA writes there again; else the compiler has a fence in the loop above
             stage, phase = next_stage(stage, phase, STAGES)
-        expert = next_expert
-        start = next_start
-        end = next_end
-        m = next_m
-        n = next_n
-        slots = gl.load(scattered_ptr + start + row, mask=start + row < end, other=0)
 
 
 @gluon.jit
@@ -137,7 +121,7 @@ def _store(out_ptr, held, rows, column, columns, stride, block, PART: gl.constex
 
 @gluon.jit
 def _multiply(
-    out_ptr, a_ring, b_ring, held, told, full, empty, num_tiles, M, N, stride_oe, stride_om,
+    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
     PART: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
@@ -152,11 +136,11 @@ def _multiply(
     held_column = 0
     block = HELD
     acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout=products)  # never zeroed again, see `hopper_gemm`
-    for _tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        mbarrier.wait(full.index(stage), phase)
-        blocks, row_tile, column_tile, expert = listen(told, stage)
-        m = row_tile * BLOCK_M + HALF * PART
-        for k in range(0, blocks):
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        expert, start, end, m, n = _gram_tile(offsets_ptr, tile, M, N, BLOCK_M, BLOCK_N)
+        m += HALF * PART
+        # At least one block, of zeros, for an expert without rows.
+        for k in range(0, gl.maximum(gl.cdiv(end - start, BLOCK_K), 1)):
             wait_full(full.index(stage), phase, True)
             a = a_ring.index(2 * stage + PART).permute((1, 0))
             acc = add_product(a, b_ring.index(stage), acc, use_acc=k > 0)
@@ -172,7 +156,7 @@ def _multiply(
         hold(held, acc, PART)
         held_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
         held_rows = M - m
-        held_column = column_tile * BLOCK_N
+        held_column = n
         block = 0
     for rest in range(block, HELD):
         _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
@@ -210,7 +194,6 @@ def _hopper_gram_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_M // 2], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_layout)
     held = held_outputs(out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
-    told = told_memory(STAGES)
     # What TMA loads, and each loading thread.
     full, empty = barriers(129, STAGES)
     gl.warp_specialize(
@@ -218,21 +201,21 @@ def _hopper_gram_kernel(
             (
                 _multiply,
                 (
-                    out_ptr, a_ring, b_ring, held, told, full, empty, num_tiles, M, N, stride_oe, stride_om,
+                    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
                     0, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
                 _multiply,
                 (
-                    out_ptr, a_ring, b_ring, held, told, full, empty, num_tiles, M, N, stride_oe, stride_om,
+                    out_ptr, offsets_ptr, a_ring, b_ring, held, full, empty, num_tiles, M, N, stride_oe, stride_om,
                     1, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
                 _load,
                 (
-                    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, told, full, empty,
+                    left_ptr, left, right_ptr, right, offsets_ptr, scattered_ptr, a_ring, b_ring, full, empty,
                     num_tiles, M, N, stride_lm, stride_rm, LEFT_FAN_OUT, RIGHT_FAN_OUT, EVEN_M, EVEN_N, STAGES,
                     BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
