@@ -88,6 +88,27 @@ def _told(told, stage):
 
 
 @gluon.jit
+def _first_tile(tiles_ptr, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """``(column tiles, end of all tiles, *a program's first one)``; some tile's, if there is none for it."""
+    num_column_tiles = gl.cdiv(N, BLOCK_N)
+    end_tile = gl.load(tiles_ptr) * num_column_tiles
+    first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
+    expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, first, num_column_tiles, BLOCK_M, GROUP_M)
+    return num_column_tiles, end_tile, expert, first_row, end, column_tile
+
+
+@gluon.jit
+def _following(tiles_ptr, tile, num_column_tiles, end_tile):
+    """A program's next tile, or the last one, and its entry.
+
+    Loaded a tile ahead, and told to those who multiply: a look-up takes 700 to 1200 cycles, of a tile's 16,000 to
+    40,000, in which the tensor cores had nothing to do.
+    """
+    following = gl.minimum(tile + gl.num_programs(0), end_tile - 1)
+    return following, tile_entry(tiles_ptr, following // num_column_tiles)
+
+
+@gluon.jit
 def _slots(scattered_ptr, rows, end):
     """The slots of grouped rows; 0 for those past the expert's."""
     return gl.load(scattered_ptr + rows, mask=rows < end, other=0)
@@ -107,18 +128,14 @@ def _load_blocks(
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
     stage = 0
     phase = 1
-    num_column_tiles = gl.cdiv(N, BLOCK_N)
-    end_tile = gl.load(tiles_ptr) * num_column_tiles
-    first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
-    expert, first_row, end, column_tile = scheduled_tile(tiles_ptr, first, num_column_tiles, BLOCK_M, GROUP_M)
+    num_column_tiles, end_tile, expert, first_row, end, column_tile = _first_tile(
+        tiles_ptr, N, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if GATHERED:
         row = gl.arange(0, HALF, layout=gl.SliceLayout(1, ROW_COPIES))
         slots = _slots(scattered_ptr, first_row + row, end)
     for tile in range(gl.program_id(0), end_tile, gl.num_programs(0)):
-        # Loaded a tile ahead, and told to those who multiply: a look-up takes 700 to 1200 cycles, of a tile's 16,000
-        # to 40,000, in which the tensor cores had nothing to do.
-        following = gl.minimum(tile + gl.num_programs(0), end_tile - 1)
-        entry = tile_entry(tiles_ptr, following // num_column_tiles)
+        following, entry = _following(tiles_ptr, tile, num_column_tiles, end_tile)
         n = column_tile * (BLOCK_N // PIECES)
         both = first_row + HALF < end
         if GATHERED:  # rows past the expert's are zeros, which cost less to multiply than a repeated row
@@ -186,14 +203,12 @@ def _load_rows(
         row = HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, ROW_COPIES))
         stage = 0
         phase = 1
-        num_column_tiles = gl.cdiv(N, BLOCK_N)
-        end_tile = gl.load(tiles_ptr) * num_column_tiles
-        first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
-        _expert, first_row, end, _column = scheduled_tile(tiles_ptr, first, num_column_tiles, BLOCK_M, GROUP_M)
+        num_column_tiles, end_tile, _expert, first_row, end, _column = _first_tile(
+            tiles_ptr, N, BLOCK_M, BLOCK_N, GROUP_M
+        )
         slots = _slots(scattered_ptr, first_row + row, end)
         for tile in range(gl.program_id(0), end_tile, gl.num_programs(0)):
-            following = gl.minimum(tile + gl.num_programs(0), end_tile - 1)
-            entry = tile_entry(tiles_ptr, following // num_column_tiles)
+            following, entry = _following(tiles_ptr, tile, num_column_tiles, end_tile)
             both = first_row + HALF < end
             inside = first_row + row < end
             for k in range(0, K, BLOCK_K):
