@@ -227,8 +227,8 @@ def compile_only(key: str, rows: int, tile: dict[str, int]) -> str:
                 call()
         torch.cuda.synchronize()
         launch = inner(kernel, "triton_kernels.launch")
-        spills = max(compiled.n_spills for compiled in launch._compiled.values())
-        launch._compiled.clear()
+        spills = max(compiled.n_spills for compiled in launch.compiled_kernels.values())
+        launch.compiled_kernels.clear()
         return f"spills {spills} registers" if spills > SPILL_LIMIT else ""
     except Exception as error:  # a candidate that does not fit or compile is left out, and said so
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"

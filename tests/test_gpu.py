@@ -580,7 +580,7 @@ def test_two_threads(kernel):
     steps = [small_step(kernel, seed) for seed in (1, 2)]
     alone = [step() for step in steps]
     replay._programs.clear()
-    launch._compiled.clear()
+    launch.compiled_kernels.clear()
 
     def run(step) -> list[list[torch.Tensor]]:
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -624,7 +624,7 @@ def test_long_run(kernel):
         for module in (stock, ours)
     }
     losses: dict[torch.nn.Module, list[torch.Tensor]] = {stock: [], ours: []}
-    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    compiled = inner(kernel, "triton_kernels.launch").compiled_kernels
     marks = []  # memory, and binaries: some of ours are one for Triton
     lengths = torch.randint(1, 700, (2000,)).tolist()
     for step, T in enumerate(lengths):

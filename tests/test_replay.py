@@ -40,7 +40,7 @@ def replay(kernel, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    launch, replay = inner(kernel, "triton_kernels.launch"), inner(kernel, "triton_kernels.replay")
+    launch, compiling, replay = (inner(kernel, f"triton_kernels.{name}") for name in ("launch", "compiling", "replay"))
     start = InterpretedFunction.__getitem__
 
     class Binary:
@@ -80,10 +80,12 @@ def replay(kernel, monkeypatch):
     active = types.SimpleNamespace(
         get_current_stream=lambda index: 0, get_current_device=lambda: None, launcher_cls=lambda src, metadata: None
     )
-    for module in (launch, replay):
+    for module in (launch, compiling, replay):
         monkeypatch.setattr(module, "driver", types.SimpleNamespace(active=active))
     monkeypatch.setattr(InterpretedFunction, "warmup", warmup)
-    monkeypatch.setattr(launch, "_compiled", {})
+    kernels = {}
+    for module in (launch, compiling):
+        monkeypatch.setattr(module, "compiled_kernels", kernels)
     monkeypatch.setattr(replay, "_programs", {})
     monkeypatch.setattr(replay, "can_replay", lambda tensor: True)
     monkeypatch.setattr(inner(kernel, "ops"), "COMBINE_BYTES", 2**16)
@@ -208,7 +210,7 @@ def test_a_first_forward_compiles_for_its_backward(kernel, replay, options, monk
     for _ in range(2):
         case.check(kernel, torch.device("cpu"))
         assert len(forward) == 1 and len(compiled) == 2
-    assert sum(compiled) == len(inner(kernel, "triton_kernels.launch")._compiled)
+    assert sum(compiled) == len(inner(kernel, "triton_kernels.launch").compiled_kernels)
 
 
 @pytest.mark.parametrize("options", [CASES["frozen base"], CASES["no gate"]], ids=["frozen base", "no gate"])
@@ -216,7 +218,7 @@ def test_whichever_kernel_is_missing(kernel, replay, options):
     """A backward writes over what it reads, so nothing of it is launched before it can be launched to its end."""
     case = Case(**(SIZES | options))
     case.check(kernel, torch.device("cpu"))
-    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    compiled = inner(kernel, "triton_kernels.launch").compiled_kernels
     assert len(compiled) > 10
     for key in list(compiled):
         del compiled[key]
@@ -288,40 +290,96 @@ def test_a_compilation_that_fails_leaves_triton_as_it_was(kernel, replay, monkey
         with pytest.raises(RuntimeError, match="no ptxas"):
             case.run(kernel, kernel.moe_mlp, torch.device("cpu"), reference=False)
     assert _async_compile.active_mode.get() is None
-    assert not replay._programs and not inner(kernel, "triton_kernels.launch")._compiled
+    assert not replay._programs and not inner(kernel, "triton_kernels.launch").compiled_kernels
     case.check(kernel, torch.device("cpu"))
     assert len(replay._programs) == 2
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_kernels_are_handed_in_before_one_is_compiled(kernel, replay, fails):
-    """And where one can't be handed in, those that were do not wait for it."""
+class Source:
+    """A kernel's source, as Triton makes one where it is handed in: parsing it takes a while."""
+
+    src = metadata = None
+
+    def __init__(self, number, events):
+        self.number, self.events = number, events
+
+    def make_ir(self):
+        self.events.append(f"parses {self.number}")
+        time.sleep(0.02)
+        self.events.append(f"parsed {self.number}")
+        return self
+
+
+def compiled(source):
+    return source.make_ir()
+
+
+def handed_in(events, number, compile_source, arguments, fails=False):
+    """What `compile_missing` is given for a kernel that has so many arguments."""
     from triton.runtime import _async_compile
 
-    events = []
+    kernel = types.SimpleNamespace(arg_names=["x"] * arguments)
 
-    def warmup(number):
+    def warmup():
         mode = _async_compile.active_mode.get()
         if mode is not None:
-            mode.executor.submit(events.append, "compiled")
-            time.sleep(0.02)  # so that it would be by now
-            events.append("handed in")
-            if fails and number == 2:
+            source = mode.executor.source(Source, number, events)
+            mode.executor.submit(lambda: compile_source(source))
+            time.sleep(0.02)  # so that it would be parsed by now
+            events.append(f"handed in {number}")
+            if fails:
                 raise RuntimeError("no such tile")
 
-    missing = {(number,): functools.partial(warmup, number) for number in range(3)}
-    compile_missing = inner(kernel, "triton_kernels.launch").compile_missing
+    return kernel, warmup
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_kernels_are_handed_in_before_one_is_compiled(kernel, replay, fails):
+    """The longest first; then one is parsed after another. Where one can't be handed in, the others don't wait."""
+    events = []
+    sizes = {0: 3, 1: 7, 2: 1}  # arguments of each
+    missing = {
+        (number,): handed_in(events, number, compiled, arguments, fails and number == 2)
+        for number, arguments in sizes.items()
+    }
+    compile_missing = inner(kernel, "triton_kernels.compiling").compile_missing
     if fails:
         with pytest.raises(RuntimeError, match="no such tile"):
             compile_missing(missing)
     else:
         compile_missing(missing)
-    assert events == ["handed in"] * 3 + ["compiled"] * 3
+    order = (1, 0, 2)
+    parsing = [f"{what} {number}" for number in order for what in ("parses", "parsed")]
+    assert events == [f"handed in {number}" for number in order] + parsing
+
+
+def test_nothing_waits_for_what_is_not_parsed(kernel, replay):
+    """A kernel in Triton's own cache, one that fails before it is parsed (of which Triton tells, who has the future),
+    and one that has another's key, so that it is not submitted."""
+    from triton.runtime import _async_compile
+
+    def unparsed(source):
+        return source
+
+    def broken(source):
+        raise RuntimeError("no such operand")
+
+    def made_again():
+        mode = _async_compile.active_mode.get()
+        if mode is not None:
+            mode.executor.source(Source, 9, events)  # and not submitted
+
+    events = []
+    functions = [unparsed, compiled, broken, compiled]
+    missing = {(i,): handed_in(events, i, function, 9 - i) for i, function in enumerate(functions)}
+    missing["again",] = types.SimpleNamespace(arg_names=["x"] * 7), made_again
+    inner(kernel, "triton_kernels.compiling").compile_missing(missing)
+    assert [event for event in events if event.startswith("parsed")] == ["parsed 1", "parsed 3"]
 
 
 def test_other_lengths_compile_nothing_new(kernel, replay):
     """As long as the rows of a tile are the same, which depend on the mean rows of an expert."""
-    compiled = inner(kernel, "triton_kernels.launch")._compiled
+    compiled = inner(kernel, "triton_kernels.launch").compiled_kernels
     known = []
     for T in (21, 1, 2, 5, 22, 23, 31):
         Case(**(SIZES | {"T": T, "dtype": torch.float16, "frozen": BASE})).check(kernel, torch.device("cpu"))

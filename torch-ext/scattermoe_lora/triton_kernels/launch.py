@@ -6,35 +6,33 @@ A forward of 16 tokens, 9 launches, took an H200's host 1.42 ms through Triton's
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import cpu_count
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import driver
 
 from .starter import Operand
 
-_compiled: dict[tuple, Any] = {}
-_compiling = threading.Lock()
+# Kernels to compile, by their key in `compiled_kernels`: each, and what compiles it for what it was to be launched on.
+Missing: TypeAlias = dict[tuple, tuple[Any, Callable[[], Any]]]
+
+compiled_kernels: dict[tuple, Any] = {}
+compiling = threading.Lock()
 ON_HIP = torch.version.hip is not None
 
 
 class Recorder(Protocol):
     """What is told of everything that happens here while it is `recording.recorder` of the thread.
 
-    ``missing`` are the kernels to compile by their key in `_compiled`: after the first of them nothing is launched,
-    and nothing at all where it only ``looks`` for them.
+    After the first kernel that is ``missing`` nothing is launched, nothing at all where it only ``looks`` for them.
     """
 
-    missing: dict[tuple, Callable[[], Any]]
+    missing: Missing
     looks: bool
 
     def launched(self, compiled: Any, grid: tuple[int, int], operands: tuple[Operand, ...], tail: tuple) -> None: ...
@@ -102,20 +100,21 @@ def launch(
     key.append(index)
     known = tuple(key)
     recorder = recording.recorder
-    if known not in _compiled:
+    if known not in compiled_kernels:
         names = kernel.arg_names[len(operands) + len(scalars) :]
         assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
         options = {"num_warps": num_warps, "num_stages": num_stages, **constants}
         if recorder is not None:
             stand_ins = map(_stand_in, operands)
-            recorder.missing[known] = functools.partial(kernel.warmup, *stand_ins, *scalars, grid=grid, **options)
+            warmup = functools.partial(kernel.warmup, *stand_ins, *scalars, grid=grid, **options)
+            recorder.missing[known] = kernel, warmup
         else:
-            with _compiling:
-                _compiled[known] = kernel[grid](*operands, *scalars, **options)
+            with compiling:
+                compiled_kernels[known] = kernel[grid](*operands, *scalars, **options)
             return None
     if recorder is not None and (recorder.missing or recorder.looks):
         return None
-    compiled = _compiled[known]
+    compiled = compiled_kernels[known]
     if compiled is None:  # Triton's interpreter compiles nothing, and what it runs is not recorded
         kernel[grid](*operands, *scalars, num_warps=num_warps, num_stages=num_stages, **constants)
         return None
@@ -134,41 +133,6 @@ def _stand_in(operand: Operand) -> Operand:
     if operand is None or operand.data_ptr() % 16 or (ON_HIP and operand.untyped_storage().size() >= 2**31):
         return operand
     return operand.new_empty(0)
-
-
-def compile_missing(missing: dict[tuple, Callable[[], Any]]) -> None:
-    """Compiles the kernels of a recording for the current device, side by side.
-
-    One after another the 19 of a step took an H200's host 11 s. Most of that was ptxas, and gcc for Triton 3.6's
-    launchers, which are Python modules. What gcc makes is kept in Triton's cache, and loaded from there by one thread:
-    those modules share a name, and a thread that loads one again may be given what another thread has just loaded.
-
-    All are handed in before the first begins: 0.3 s for 17 of them on two cores, where against threads that parse,
-    each of which wants Python's lock, it took 1.0 to 1.4 s, and the last, a product, began and ended last.
-    """
-    handed_in = threading.Event()
-
-    def make_launcher(kernel: Any) -> None:
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
-
-    def compile_all(pool: ThreadPoolExecutor) -> None:
-        with triton.AsyncCompileMode(pool):
-            try:
-                for warmup in missing.values():
-                    warmup()
-            finally:
-                handed_in.set()
-
-    with _compiling, ThreadPoolExecutor(2 * cpu_count(), initializer=handed_in.wait) as pool:
-        # In a context of its own: where a compilation fails or is interrupted, Triton 3.6 leaves the mode on, and with
-        # it nothing more can be compiled.
-        contextvars.copy_context().run(compile_all, pool)
-        compiled = {key: warmup() for key, warmup in missing.items()}  # they are in Triton's own cache now
-        kernels = [kernel for kernel in compiled.values() if kernel is not None]  # None: Triton's interpreter
-        list(pool.map(make_launcher, kernels))
-        for kernel in kernels:
-            kernel.run  # noqa: B018  Triton loads launcher and binary when this is first asked for
-    _compiled.update(compiled)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from .compiling import compile_missing
 from .device import use_context
-from .launch import ON_HIP, Recorder, compile_missing, recording
+from .launch import ON_HIP, Missing, Recorder, recording
 from .starter import Operand, starter
 
 # Programs kept: one for each op, shape and device. Sequence lengths that vary make new ones all the time.
@@ -41,7 +42,7 @@ class _Program:
     def __init__(
         self,
         inputs: Sequence[Tensor | None],
-        missing: dict[tuple, Callable[[], Any]] | None = None,
+        missing: Missing | None = None,
         looks: bool = False,
     ) -> None:
         self.steps: list[tuple] = []
@@ -213,7 +214,7 @@ def _record(
     body: Callable,
     tensors: Sequence[Tensor | None],
     options: tuple,
-    missing: dict[tuple, Callable[[], Any]] | None = None,
+    missing: Missing | None = None,
     looks: bool = False,
 ) -> tuple[_Program, list[Tensor | None]]:
     recorder = _Program(tensors, missing, looks)
