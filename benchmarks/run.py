@@ -299,10 +299,10 @@ def main() -> int:
         dense = []  # before each system, as a card that has just worked is slower than a cool one, up to a fifth
         for system in options.systems:
             layer = Layer(MODELS[model_name], T, r, skew)
-            dense.append(do_bench(layer.dense(), return_mode="median"))
             entry["floor"] = {"step": floor_ms(layer, 2), "forward": floor_ms(layer, 1)}
             entry["step reads"] = 2 * weight_bytes(layer)
             try:
+                dense.append(do_bench(layer.dense(), return_mode="median"))
                 row = measure(layer, SYSTEMS[system](layer))
             except torch.OutOfMemoryError:
                 print(f"{name:<10}{system:<20} out of memory")
@@ -317,8 +317,9 @@ def main() -> int:
                 f"{row['of the floor']:>8.0%}",
                 flush=True,
             )
-        entry["dense forward"] = statistics.median(dense)
-        print(f"{name:<10}{'dense forward':<20}{'':>9}{entry['dense forward']:>9.3f}")
+        if dense:
+            entry["dense forward"] = statistics.median(dense)
+            print(f"{name:<10}{'dense forward':<20}{'':>9}{entry['dense forward']:>9.3f}")
     result["first call"] = first_call()
     print("first call, empty Triton cache, seconds: " + json.dumps(result["first call"]))
     layer = Layer(MODELS["Qwen3-30B-A3B"], 2048, 16, 0.0)

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import gc
 import threading
-import time
 import types
 
 import pytest
@@ -293,88 +292,6 @@ def test_a_compilation_that_fails_leaves_triton_as_it_was(kernel, replay, monkey
     assert not replay._programs and not inner(kernel, "triton_kernels.launch").compiled_kernels
     case.check(kernel, torch.device("cpu"))
     assert len(replay._programs) == 2
-
-
-class Source:
-    """A kernel's source, as Triton makes one where it is handed in: parsing it takes a while."""
-
-    src = metadata = None
-
-    def __init__(self, number, events):
-        self.number, self.events = number, events
-
-    def make_ir(self):
-        self.events.append(f"parses {self.number}")
-        time.sleep(0.02)
-        self.events.append(f"parsed {self.number}")
-        return self
-
-
-def compiled(source):
-    return source.make_ir()
-
-
-def handed_in(events, number, compile_source, arguments, fails=False):
-    """What `compile_missing` is given for a kernel that has so many arguments."""
-    from triton.runtime import _async_compile
-
-    kernel = types.SimpleNamespace(arg_names=["x"] * arguments)
-
-    def warmup():
-        mode = _async_compile.active_mode.get()
-        if mode is not None:
-            source = mode.executor.source(Source, number, events)
-            mode.executor.submit(lambda: compile_source(source))
-            time.sleep(0.02)  # so that it would be parsed by now
-            events.append(f"handed in {number}")
-            if fails:
-                raise RuntimeError("no such tile")
-
-    return kernel, warmup
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_kernels_are_handed_in_before_one_is_compiled(kernel, replay, fails):
-    """The longest first; then one is parsed after another. Where one can't be handed in, the others don't wait."""
-    events = []
-    sizes = {0: 3, 1: 7, 2: 1}  # arguments of each
-    missing = {
-        (number,): handed_in(events, number, compiled, arguments, fails and number == 2)
-        for number, arguments in sizes.items()
-    }
-    compile_missing = inner(kernel, "triton_kernels.compiling").compile_missing
-    if fails:
-        with pytest.raises(RuntimeError, match="no such tile"):
-            compile_missing(missing)
-    else:
-        compile_missing(missing)
-    order = (1, 0, 2)
-    parsing = [f"{what} {number}" for number in order for what in ("parses", "parsed")]
-    assert events == [f"handed in {number}" for number in order] + parsing
-
-
-def test_nothing_waits_for_what_is_not_parsed(kernel, replay):
-    """A kernel in Triton's own cache, one that fails before it is parsed (of which Triton tells, who has the future),
-    and one that has another's key, so that it is not submitted."""
-    from triton.runtime import _async_compile
-
-    def unparsed(source):
-        return source
-
-    def broken(source):
-        raise RuntimeError("no such operand")
-
-    def made_again():
-        mode = _async_compile.active_mode.get()
-        if mode is not None:
-            mode.executor.source(Source, 9, events)  # and not submitted
-
-    events = []
-    functions = [unparsed, compiled, broken, compiled]
-    missing = {(i,): handed_in(events, i, function, 9 - i) for i, function in enumerate(functions)}
-    missing["again",] = types.SimpleNamespace(arg_names=["x"] * 7), made_again
-    inner(kernel, "triton_kernels.compiling").compile_missing(missing)
-    assert [event for event in events if event.startswith("parsed")] == ["parsed 1", "parsed 3"]
 
 
 def test_other_lengths_compile_nothing_new(kernel, replay):

@@ -24,7 +24,7 @@ from .launch import Missing, compiled_kernels, compiling
 
 
 class _InTurn:
-    """Compiles in threads, but parses one source at a time, in the order in which they are handed in.
+    """Compiles in threads, but parses one source that it made at a time, in the order in which they are handed in.
 
     Parsing is Python, 2 s of it for a step. Where 17 threads parsed at once, each that left Python for a moment waited
     for all others before it came back, so that the longest kernels, with 1 to 2 s of MLIR and ptxas ahead of them,
@@ -35,7 +35,7 @@ class _InTurn:
         self.pool = pool
         self.handed_in = threading.Event()  # set when what was handed in last is parsed
         self.handed_in.set()
-        self.made = threading.Event()  # the same for the source that was made last
+        self.made = threading.Event()  # the same for the source that was made last; if none ever was, for all
 
     def source(self, kind: Callable[..., Any], *arguments: Any) -> Any:
         """A kernel's source, which is parsed when those handed in before it are."""
@@ -53,7 +53,7 @@ class _InTurn:
         return source
 
     def submit(self, compile_source: Callable[[], Any]) -> Future[Any]:
-        """Hands in the source that was made last; its launcher is made as well."""
+        """Hands in what compiles the source that was made last; the kernel's launcher is made as well."""
         before, parsed = self.handed_in, self.made
         self.handed_in = parsed
 
@@ -63,7 +63,9 @@ class _InTurn:
             finally:
                 before.wait()  # what is in Triton's own cache is not parsed
                 parsed.set()
-            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            # Where that fails it does so again when the kernel is first run; here Triton keeps a failure for good.
+            with contextlib.suppress(Exception):
+                driver.active.launcher_cls(kernel.src, kernel.metadata)
             return kernel
 
         return self.pool.submit(compile_and_link)
