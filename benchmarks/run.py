@@ -299,8 +299,6 @@ def main() -> int:
         dense = []  # before each system, as a card that has just worked is slower than a cool one, up to a fifth
         for system in options.systems:
             layer = Layer(MODELS[model_name], T, r, skew)
-            entry["floor"] = {"step": floor_ms(layer, 2), "forward": floor_ms(layer, 1)}
-            entry["step reads"] = 2 * weight_bytes(layer)
             try:
                 dense.append(do_bench(layer.dense(), return_mode="median"))
                 row = measure(layer, SYSTEMS[system](layer))
@@ -317,6 +315,8 @@ def main() -> int:
                 f"{row['of the floor']:>8.0%}",
                 flush=True,
             )
+        entry["floor"] = {"step": floor_ms(layer, 2), "forward": floor_ms(layer, 1)}
+        entry["step reads"] = 2 * weight_bytes(layer)
         if dense:
             entry["dense forward"] = statistics.median(dense)
             print(f"{name:<10}{'dense forward':<20}{'':>9}{entry['dense forward']:>9.3f}")

@@ -89,7 +89,7 @@ class Compiler:
         thread.start()
         thread.join(120)
         assert not thread.is_alive(), "kernels wait for one another"
-        assert not self.module.compiling.locked()
+        assert not self.module.compile_lock.locked()
         assert all(type(kernel.ASTSource) is type for kernel, _ in missing.values()), (
             "Triton's own makes sources again"
         )
@@ -130,9 +130,9 @@ def compiler(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "_active", active)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(module, "compiled_kernels", {})
-    for source_of in (ASTSource, GluonASTSource):
+    for source in (ASTSource, GluonASTSource):
 
-        def make_ir(self, *arguments, parse=source_of.make_ir):
+        def make_ir(self, *arguments, parse=source.make_ir):
             compiler.events.append(f"parses {self.fn.__name__}")
             compiler.parsing += 1
             compiler.most = max(compiler.most, compiler.parsing)
@@ -142,7 +142,7 @@ def compiler(kernel, monkeypatch, tmp_path):
             finally:
                 compiler.parsing -= 1
 
-        monkeypatch.setattr(source_of, "make_ir", make_ir)
+        monkeypatch.setattr(source, "make_ir", make_ir)
     compiler.active = active
     compiler.forget()
     yield compiler

@@ -20,7 +20,7 @@ import triton
 from triton.runtime import JITFunction, driver
 
 from .device import KNOWN_TRITON, TRITON
-from .launch import Missing, compiled_kernels, compiling
+from .launch import Missing, compile_lock, compiled_kernels
 
 
 class _InTurn:
@@ -33,14 +33,14 @@ class _InTurn:
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.pool = pool
-        self.handed_in = threading.Event()  # set when what was handed in last is parsed
-        self.handed_in.set()
+        self.parsed = threading.Event()  # set when what was handed in last is parsed
+        self.parsed.set()
         self.made = threading.Event()  # the same for the source that was made last; if none ever was, for all
 
     def source(self, kind: Callable[..., Any], *arguments: Any) -> Any:
         """A kernel's source, which is parsed when those handed in before it are."""
         source = kind(*arguments)
-        parse, before, parsed = source.make_ir, self.handed_in, threading.Event()
+        parse, before, parsed = source.make_ir, self.parsed, threading.Event()
 
         def parse_in_turn(*arguments: Any) -> Any:
             before.wait()
@@ -54,8 +54,8 @@ class _InTurn:
 
     def submit(self, compile_source: Callable[[], Any]) -> Future[Any]:
         """Hands in what compiles the source that was made last; the kernel's launcher is made as well."""
-        before, parsed = self.handed_in, self.made
-        self.handed_in = parsed
+        before, parsed = self.parsed, self.made
+        self.parsed = parsed
 
         def compile_and_link() -> Any:
             try:
@@ -100,12 +100,12 @@ def compile_missing(missing: Missing) -> None:
             finally:
                 handed_in.set()
 
-    with compiling, ThreadPoolExecutor(2 * cpu_count(), initializer=handed_in.wait) as pool:
+    with compile_lock, ThreadPoolExecutor(2 * cpu_count(), initializer=handed_in.wait) as pool:
         # In a context of its own: where a compilation fails or is interrupted, Triton 3.6 leaves the mode on, and with
         # it nothing more can be compiled.
         contextvars.copy_context().run(compile_all, pool)
         compiled = {key: warmup() for key, (_, warmup) in missing.items()}  # they are in Triton's own cache now
         for kernel in compiled.values():
-            if kernel is not None:  # as in Triton's interpreter
+            if kernel is not None:  # None: Triton's interpreter
                 kernel.run  # noqa: B018  Triton loads launcher and binary when this is first asked for
     compiled_kernels.update(compiled)

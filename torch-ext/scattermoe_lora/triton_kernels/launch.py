@@ -22,7 +22,7 @@ from .starter import Operand
 Missing: TypeAlias = dict[tuple, tuple[Any, Callable[[], Any]]]
 
 compiled_kernels: dict[tuple, Any] = {}
-compiling = threading.Lock()
+compile_lock = threading.Lock()
 ON_HIP = torch.version.hip is not None
 
 
@@ -109,7 +109,7 @@ def launch(
             warmup = functools.partial(kernel.warmup, *stand_ins, *scalars, grid=grid, **options)
             recorder.missing[known] = kernel, warmup
         else:
-            with compiling:
+            with compile_lock:
                 compiled_kernels[known] = kernel[grid](*operands, *scalars, **options)
             return None
     if recorder is not None and (recorder.missing or recorder.looks):
