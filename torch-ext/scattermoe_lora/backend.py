@@ -76,7 +76,7 @@ def fake_rank_product(like: Tensor, A: Tensor | None, num_slots: int) -> Tensor:
     """What a `shrink` by a factor ``A [E, r, in]`` returns, for ops that are traced: the kernels pad its ranks."""
     if A is None:
         return like.new_empty(0)
-    rank = A.shape[1]
+    rank = A.shape[1] if A.dim() == 3 else A.shape[0] // like.shape[0]
     return like.new_empty(num_slots, rank if like.device.type == "cpu" else padded_rank(rank))
 
 

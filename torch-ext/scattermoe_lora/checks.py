@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import ExpertLoRA, by_expert, check_scaling, check_width
+from .types import A_by_expert, B_by_expert, ExpertLoRA, check_scaling, check_width
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -101,8 +101,8 @@ class Arguments:
         self, lora_A: object, lora_B: object, scaling: float, in_symbol: str, out_symbol: str
     ) -> ExpertLoRA:
         """The same, viewed by expert."""
-        factors = self.factors(lora_A, lora_B, scaling, in_symbol, out_symbol)
-        return ExpertLoRA(*by_expert(*factors, self.size("E")), scaling)
+        A, B = self.factors(lora_A, lora_B, scaling, in_symbol, out_symbol)
+        return ExpertLoRA(A_by_expert(A, self.size("E")), B_by_expert(B, self.size("E")), scaling)
 
     def count(self, name: str, value: object) -> int:
         """Checks a count: an int of at least 1."""

@@ -102,7 +102,7 @@ def single2scatter(X: Tensor, W: Tensor, expert_idxs: Tensor) -> Tensor:
         raise args.fail("X", "one token, [1, K]", f"shape {tuple(X.shape)}")
     args.tensor("W", W, ("E", "K", "N"), (X.dtype,))
     args.tensor("expert_idxs", expert_idxs, ("tokens", "k"), INTEGERS)
-    sorted_expert_idxs, sorted_scattered_idxs, _ = ops.route(expert_idxs.reshape(-1), W.shape[0])
+    sorted_expert_idxs, sorted_scattered_idxs, _ = ops.route(expert_idxs, W.shape[0])
     return scatter2scatter(X, W, sorted_expert_idxs, sorted_scattered_idxs, expert_idxs.shape[1])
 
 

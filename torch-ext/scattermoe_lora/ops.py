@@ -17,12 +17,12 @@ from torch.library import infer_schema
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
-from .types import Routing
+from .types import A_by_expert, B_by_expert, Routing
 
 
-def _flat(per_slot: Tensor) -> Tensor:
-    """``[T, k]`` as the kernels read it: ``[T * k]``, dense. A reshape alone may be a strided view (k = 1, say)."""
-    return per_slot.reshape(-1).contiguous()
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``; asked first, as a conversion of nothing takes the host 1 us."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
@@ -31,12 +31,12 @@ def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
 
 
 def _route(expert_ids: Tensor, num_experts: int) -> List[Tensor]:
-    """See `reference.route`."""
+    """See `reference.route`; ids of any shape."""
     return backend.of(expert_ids).replay(_route_body, (expert_ids.contiguous(),), (num_experts,))
 
 
 def _route_body(run: ModuleType, expert_ids: Tensor, num_experts: int) -> List[Tensor]:
-    return list(run.route(expert_ids, num_experts))
+    return list(run.route(expert_ids.view(-1), num_experts))
 
 
 torch.library.define(add_op_namespace_prefix("route"), infer_schema(_route, mutates_args=()))
@@ -46,7 +46,7 @@ route = ops.route.default
 
 @torch.library.register_fake(add_op_namespace_prefix("route"))
 def _(expert_ids, num_experts):
-    num_slots = expert_ids.shape[0]
+    num_slots = expert_ids.numel()
     return [expert_ids.new_empty(n, dtype=torch.int64) for n in (num_slots, num_slots, num_experts)]
 
 
@@ -79,7 +79,7 @@ def _moe_mlp_forward(
     """
     dtype = gate_up_proj.dtype
     tensors = (
-        hidden_states.to(dtype),
+        _in_dtype(hidden_states, dtype),
         gate_up_proj,
         down_proj,
         gate_up_proj_bias,
@@ -88,8 +88,8 @@ def _moe_mlp_forward(
         gate_up_B,
         down_A,
         down_B,
-        _flat(top_k_weights),
-        _flat(top_k_index),
+        top_k_weights.contiguous(),
+        top_k_index.contiguous(),
         dropout_seed,
     )
     flags = (gate_up_scaling, down_scaling, is_transposed, is_concatenated, has_gate, activation, lora_dropout)
@@ -128,8 +128,9 @@ def _forward_body(
     lora_dropout: float,
     save: bool,
 ) -> List[Optional[Tensor]]:
-    num_tokens, num_experts = x.shape[0], gate_up_proj.shape[0]
-    fan_out = expert_ids.shape[0] // num_tokens if num_tokens else 1
+    num_experts = gate_up_proj.shape[0]
+    num_tokens, fan_out = expert_ids.shape
+    weights, expert_ids = weights.view(-1), expert_ids.view(-1)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
@@ -347,8 +348,8 @@ def _moe_mlp_backward(
     """
     dtype = gate_up_proj.dtype
     tensors = (
-        dout.to(dtype),
-        hidden_states.to(dtype),
+        _in_dtype(dout, dtype),
+        _in_dtype(hidden_states, dtype),
         gate_up_proj,
         down_proj,
         gate_up_proj_bias,
@@ -357,8 +358,8 @@ def _moe_mlp_backward(
         gate_up_B,
         down_A,
         down_B,
-        _flat(top_k_weights),
-        _flat(top_k_index),
+        top_k_weights.contiguous(),
+        top_k_index.contiguous(),
         dropout_seed,
         h,
         xa,
@@ -410,7 +411,8 @@ def _backward_body(
     overwrite: bool,
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights."""
-    fan_out = expert_ids.shape[0] // dout.shape[0] if dout.shape[0] else 1
+    fan_out = expert_ids.shape[1]
+    weights, expert_ids = weights.view(-1), expert_ids.view(-1)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     tile_rows = run.tile_rows(expert_offsets, expert_ids.shape[0], (w_up, w_down))
@@ -566,7 +568,7 @@ def _dot_dtype(weights: Tensor, bias: Optional[Tensor]) -> torch.dtype:
 def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> Tensor:
     """The gradient of weights ``[T, k]`` from ``dot [S]``, and what `_bias_dot` adds to it."""
     total = dot if bias_dot is None else dot + bias_dot[:, 0]
-    return total.to(weights.dtype).view(weights.shape)
+    return _in_dtype(total, weights.dtype).view(weights.shape)
 
 
 def _fake_grads(inputs, needs):
@@ -704,12 +706,12 @@ def _parallel_linear_forward(
     """
     dtype = expert_weights.dtype
     tensors = (
-        inputs.to(dtype),
+        _in_dtype(inputs, dtype),
         expert_weights,
         expert_biases,
         A,
         B,
-        None if gates is None else _flat(gates),
+        None if gates is None else gates.contiguous(),
         *backend.dense_indices(scattered_idxs, expert_offsets),
     )
     flags = (k, scaling, grouped_in, grouped_out)
@@ -718,7 +720,7 @@ def _parallel_linear_forward(
         out, *saved = _schema_list(outputs, expert_weights)
         parallel_linear_backward(out, inputs, *tensors[1:5], gates, *saved, *tensors[6:], *flags, needs)
 
-    options = (inputs.dtype, None if gates is None else gates.shape[1], *flags, bool(needs))
+    options = (inputs.dtype, *flags, bool(needs))
     outputs = backend.of(inputs).replay(_linear_forward_body, tensors, options, backward if needs else None)
     return _schema_list(outputs, expert_weights)
 
@@ -734,7 +736,6 @@ def _linear_forward_body(
     scattered_idxs: Tensor,
     expert_offsets: Tensor,
     out_dtype: torch.dtype,
-    choices: Optional[int],
     k: int,
     scaling: float,
     grouped_in: bool,
@@ -743,15 +744,17 @@ def _linear_forward_body(
 ) -> List[Optional[Tensor]]:
     x_fan_out = 0 if grouped_in else k
     num_slots = scattered_idxs.shape[0]
+    choices = None if gates is None else gates.shape[1]
+    gates = None if gates is None else gates.view(-1)
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,))
     xa = gated_xa = expand = None
     if A is not None and B is not None:
-        factor = run.in_factor(A, weight.dtype, rank_dim=1)
+        factor = run.in_factor(A_by_expert(A, weight.shape[0]), weight.dtype, rank_dim=1)
         xa, gated_xa = _weighted_shrink(
             run, x, factor.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
         )
         del factor
-        expand = run.in_factor(B, weight.dtype, rank_dim=2).mT
+        expand = run.in_factor(B_by_expert(B, weight.shape[0]), weight.dtype, rank_dim=2).mT
     y = run.grouped_gemm(
         x,
         weight,
@@ -814,23 +817,22 @@ def _parallel_linear_backward(
     """
     dtype = expert_weights.dtype
     tensors = (
-        dout.to(dtype),
-        inputs.to(dtype),
+        _in_dtype(dout, dtype),
+        _in_dtype(inputs, dtype),
         expert_weights,
         expert_biases,
         A,
         B,
-        None if gates is None else _flat(gates),
+        None if gates is None else gates.contiguous(),
         xa,
         tiles,
         *backend.dense_indices(scattered_idxs, expert_offsets),
         expert_biases.to(dtype) if expert_biases is not None and needs[5] else None,
     )
-    choices = None if gates is None else gates.shape[1]
-    options = (inputs.dtype, choices, k, scaling, grouped_in, grouped_out, tuple(needs))
+    options = (inputs.dtype, k, scaling, grouped_in, grouped_out, tuple(needs))
     *grads, bias_dot = backend.of(dout).replay(_linear_backward_body, tensors, options)
     if grads[0] is not None:
-        grads[0] = grads[0].to(inputs.dtype)
+        grads[0] = _in_dtype(grads[0], inputs.dtype)
     if grads[5] is not None and gates is not None:
         grads[5] = _weights_grad(grads[5], bias_dot, gates)
     return [grad for grad in grads if grad is not None]
@@ -851,7 +853,6 @@ def _linear_backward_body(
     expert_offsets: Tensor,
     bias_of_dot: Optional[Tensor],
     dx_dtype: torch.dtype,
-    choices: Optional[int],
     k: int,
     scaling: float,
     grouped_in: bool,
@@ -860,23 +861,26 @@ def _linear_backward_body(
 ) -> List[Optional[Tensor]]:
     """The six gradients, where needed, and what a bias adds to that of the gates."""
     x_fan_out = 0 if grouped_in else k
-    dout_fan_out = choices if choices is not None else 0 if grouped_out else 1
+    dout_fan_out = gates.shape[1] if gates is not None else 0 if grouped_out else 1
+    gates = None if gates is None else gates.view(-1)
     tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
+    num_experts = weight.shape[0]
 
-    u = None
+    u = dB = None
     if need_B:
         grads[4] = run.empty_like(B)
+        dB = B_by_expert(grads[4], num_experts)
     if A is not None and B is not None and (need_x or need_A or need_gates):
-        factor = run.in_factor(B, weight.dtype, rank_dim=2)
-        u = _rank_products(run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling)
+        factor = run.in_factor(B_by_expert(B, num_experts), weight.dtype, rank_dim=2)
+        u = _rank_products(run, dout, factor, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
         del factor
-    elif need_B:
-        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out)
+    elif dB is not None:
+        run.gram(dout, xa, routing, dB, left_fan_out=dout_fan_out)
     if need_x or need_gates:
-        expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
+        expand = None if A is None else run.in_factor(A_by_expert(A, num_experts), weight.dtype, rank_dim=1)
         dx = run.grouped_gemm(
             dout,
             weight.mT,
@@ -916,7 +920,8 @@ def _linear_backward_body(
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
         grads[3] = run.empty_like(A)
-        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
+        dA = A_by_expert(grads[3], num_experts)
+        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
     return grads
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .checks import FLOATS, INTEGERS, Arguments
-from .types import ExpertLoRA, by_expert
+from .types import ExpertLoRA
 
 
 def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,7 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
         raise TypeError(f"flatten_sort_count: num_experts must be an int, got {type(num_experts).__name__}")
     if num_experts < 1:
         raise ValueError(f"flatten_sort_count: num_experts must be at least 1, got {num_experts}")
-    sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ops.route(expert_idxs.reshape(-1), num_experts)
+    sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ops.route(expert_idxs, num_experts)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 
@@ -144,25 +144,14 @@ def _linear(tensors: Tensors, routing: tuple[Tensor, Tensor], flags: tuple[int, 
     """The differentiable function behind all; of ``tensors`` the factors are by expert, or expert-major as given."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ExpertLinear.apply(flags, routing, *tensors)
-    return ops.parallel_linear_forward(*_by_expert(tensors), *routing, *flags, [])[0]
-
-
-def _by_expert(tensors: Tensors) -> Tensors:
-    """`_linear`'s tensors with factors by expert.
-
-    Viewed where nothing is differentiated: three nodes of autograd's less for each pair of factors.
-    """
-    inputs, weight, bias, A, B, gates = tensors
-    if A is None or B is None or A.dim() == 3:
-        return tensors
-    return inputs, weight, bias, *by_expert(A, B, weight.shape[0]), gates
+    return ops.parallel_linear_forward(*tensors, *routing, *flags, [])[0]
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, routing, *tensors):
         needs = list(ctx.needs_input_grad[2:])
-        out, *saved = ops.parallel_linear_forward(*_by_expert(tensors), *routing, *flags, needs)
+        out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, needs)
         ctx.save_for_backward(*tensors, *saved, *routing)
         ctx.flags = flags
         return out
@@ -171,14 +160,8 @@ class _ExpertLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[2:])
-        saved = ctx.saved_tensors  # asked for once: checkpointing forbids a second time
-        tensors, rest = saved[:6], saved[6:]
-        found = iter(ops.parallel_linear_backward(dout, *_by_expert(tensors), *rest, *ctx.flags, needs))
-        grads = [next(found) if need else None for need in needs]
-        if tensors[3] is not None and tensors[3].dim() == 2:  # expert-major
-            grads[3] = None if grads[3] is None else grads[3].flatten(0, 1)
-            grads[4] = None if grads[4] is None else grads[4].permute(1, 0, 2).flatten(1)
-        return None, None, *grads
+        grads = iter(ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
+        return None, None, *(next(grads) if need else None for need in needs)
 
 
 def _check(

@@ -114,7 +114,7 @@ class ExpertLoRA:
     def from_expert_major(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
         """Views of ScatterMoE-LoRA's factors: ``lora_A [E * r, in]``, ``lora_B [out, E * r]``, expert-major both."""
         _check_factors(lora_A, lora_B, num_experts)
-        return cls(*by_expert(lora_A, lora_B, num_experts), scaling)
+        return cls(A_by_expert(lora_A, num_experts), B_by_expert(lora_B, num_experts), scaling)
 
     def to_peft(self) -> tuple[Tensor, Tensor]:
         """``(lora_A [E * r, in], lora_B [out, r * E])`` in PEFT's layout; views of what ``from_peft`` was given."""
@@ -123,11 +123,14 @@ class ExpertLoRA:
         return lora_A, lora_B
 
 
-def by_expert(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """``A [E, r, in]`` and ``B [E, out, r]`` of expert-major factors, taken as checked; views."""
-    rank = lora_A.shape[0] // num_experts
-    A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
-    return A, lora_B.reshape(lora_B.shape[0], num_experts, rank).permute(1, 0, 2)
+def A_by_expert(A: Tensor, num_experts: int) -> Tensor:
+    """``[E, r, in]`` of an expert-major ``A [E * r, in]``, taken as checked: a view. Itself if it is by expert."""
+    return A if A.dim() == 3 else A.view(num_experts, A.shape[0] // num_experts, A.shape[1])
+
+
+def B_by_expert(B: Tensor, num_experts: int) -> Tensor:
+    """``[E, out, r]`` of an expert-major ``B [out, E * r]``, as `A_by_expert`."""
+    return B if B.dim() == 3 else B.view(B.shape[0], num_experts, B.shape[1] // num_experts).permute(1, 0, 2)
 
 
 def check_scaling(function: str, scaling: object) -> None:
