@@ -197,6 +197,35 @@ def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, 
     assert len(replay._programs) == 3
 
 
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "columns of a wider one"])
+@pytest.mark.parametrize("options", list(CASES.values())[:3], ids=list(CASES)[:3])
+def test_factors_of_peft(kernel, replay, options, is_dense):
+    """PEFT's matrices are viewed by expert where a program is recorded: the bits of the same factors by expert."""
+    for seed in (1, 2, 3):
+        results = []
+        for of_peft in (False, True):
+            case = Case(**(SIZES | options), seed=seed)
+            arguments, leaves = case.layer(kernel, torch.device("cpu"))
+            for projection in ("gate_up", "down") if of_peft else ():
+                lora = arguments[f"{projection}_lora"]
+                lora_A, lora_B = (factor.detach().clone() for factor in lora.to_peft())
+                if not is_dense:
+                    lora_B = torch.cat([lora_B, torch.ones_like(lora_B)], dim=1)[:, : lora_B.shape[1]]
+                leaves[f"{projection}_A"], leaves[f"{projection}_B"] = lora_A.requires_grad_(), lora_B.requires_grad_()
+                arguments[f"{projection}_lora"] = kernel.ExpertLoRA.from_peft(lora_A, lora_B, case.E, lora.scaling)
+            out = kernel.moe_mlp(**arguments)
+            out.backward(case.grad)
+            grads = {name: leaf.grad for name, leaf in leaves.items()}
+            for projection in ("gate_up", "down") if of_peft else ():
+                A, B = (grads[f"{projection}_{name}"] for name in "AB")
+                assert A.dim() == B.dim() == 2 and A.is_contiguous() and B.is_contiguous()
+                by_expert = kernel.ExpertLoRA.from_peft(A, B, case.E, 1.0)
+                grads[f"{projection}_A"], grads[f"{projection}_B"] = by_expert.A, by_expert.B
+            results.append({"output": out.detach(), **grads})
+        assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert len(replay._programs) == 4  # each a forward's and a backward's, which the last two seeds replayed
+
+
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_a_first_forward_compiles_for_its_backward(kernel, replay, options, monkeypatch):
     """All kernels of a first step are compiled side by side; a forward without gradients compiles its own alone."""

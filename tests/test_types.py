@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -91,6 +92,41 @@ def test_from_peft_and_to_peft_are_views(kernel, num_experts, rank):
     for view, original in zip(lora.to_peft(), (lora_A, lora_B), strict=True):
         assert view.data_ptr() == original.data_ptr()
         assert view.stride() == original.stride() and torch.equal(view, original)
+
+
+def test_what_from_peft_gives_is_like_any_other(kernel):
+    """It views its matrices by expert where it is asked to: in copies, in what is printed, and for autograd too."""
+    lora_A, lora_B = torch.randn(4 * 3, H, requires_grad=True), torch.randn(I, 3 * 4, requires_grad=True)
+    lora = kernel.ExpertLoRA.from_peft(lora_A, lora_B, 4, 0.5)
+    assert lora.factors[0] is lora_A and lora.factors[1] is lora_B
+    other = dataclasses.replace(lora, scaling=2.0)
+    assert other.scaling == 2.0 and torch.equal(other.B, lora.B) and other.factors[0].dim() == 3
+    for same in (copy.copy(lora), copy.deepcopy(lora)):
+        assert same.scaling == 0.5 and same.num_experts == 4 and torch.equal(same.B, lora.B)
+    assert repr(lora) == repr(kernel.ExpertLoRA(lora.A, lora.B, 0.5))
+    assert hasattr(lora, "A") and not hasattr(lora, "C")
+    assert not hasattr(object.__new__(kernel.ExpertLoRA), "A")  # as copies are made
+    (lora.A.sum() + 2 * lora.B.sum()).backward()
+    assert torch.equal(lora_A.grad, torch.ones_like(lora_A)) and torch.equal(lora_B.grad, 2 * torch.ones_like(lora_B))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        lora.A = lora_A
+
+
+@pytest.mark.parametrize(
+    "num_experts, shape_A, shape_B, words",
+    [
+        (3, (9, H), (2 * I, 9), ("gate_up_lora.A", "E = 4 as in gate_up_proj", "(3, 3, 24)")),
+        (4, (12, H + 1), (2 * I, 12), ("gate_up_lora.A", "H = 24 as in hidden_states", "(12, 25)")),
+        (4, (12, H), (2 * I + 2, 12), ("gate_up_lora.B", "2I = 20 as in gate_up_proj", "(22, 12)")),
+    ],
+)
+def test_factors_of_peft_that_do_not_fit_the_layer(kernel, num_experts, shape_A, shape_B, words):
+    lora = kernel.ExpertLoRA.from_peft(torch.randn(shape_A), torch.randn(shape_B), num_experts, 1.0)
+    weights = torch.randn(4, 2 * I, H), torch.randn(4, H, I)
+    layer = torch.randn(5, H), *weights, torch.randint(4, (5, 2)), torch.rand(5, 2)
+    with pytest.raises(ValueError, match="gate_up_lora") as error:
+        kernel.moe_mlp(*layer, gate_up_lora=lora)
+    assert all(word in str(error.value) for word in words)
 
 
 def test_expert_major_is_a_view_and_converts_to_peft(kernel):

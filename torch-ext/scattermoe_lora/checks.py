@@ -77,8 +77,13 @@ class Arguments:
             return
         if not isinstance(lora, ExpertLoRA):
             raise TypeError(f"{self.function}: {name} must be an ExpertLoRA or None, got {type(lora).__name__}")
-        self.tensor(f"{name}.A", lora.A, ("E", f"{name} rank", in_symbol), FLOATS)
-        self.tensor(f"{name}.B", lora.B, ("E", out_symbol, f"{name} rank"), FLOATS)
+        A, B = lora.factors
+        if A.dim() == 2 and lora.num_experts == self.size("E"):  # PEFT's, whose widths are known to go together
+            self.tensor(f"{name}.A", A, (f"{name} E * r", in_symbol), FLOATS)
+            self.tensor(f"{name}.B", B, (out_symbol, f"{name} r * E"), FLOATS)
+        else:
+            self.tensor(f"{name}.A", lora.A, ("E", f"{name} rank", in_symbol), FLOATS)
+            self.tensor(f"{name}.B", lora.B, ("E", out_symbol, f"{name} rank"), FLOATS)
 
     def has_lora(self, lora_A: object, lora_B: object) -> bool:
         """Whether factors that may be left out are there; both or neither must be."""

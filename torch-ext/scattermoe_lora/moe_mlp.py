@@ -140,10 +140,8 @@ def moe_mlp(
         down_proj,
         gate_up_proj_bias,
         down_proj_bias,
-        None if gate_up_lora is None else gate_up_lora.A,
-        None if gate_up_lora is None else gate_up_lora.B,
-        None if down_lora is None else down_lora.A,
-        None if down_lora is None else down_lora.B,
+        *((None, None) if gate_up_lora is None else gate_up_lora.factors),
+        *((None, None) if down_lora is None else down_lora.factors),
         top_k_weights,
     )
     flags = (

@@ -7,6 +7,7 @@ save. They are registered by `define` and `impl`: a call of an empty `custom_op`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, List, Optional
 
@@ -17,12 +18,29 @@ from torch.library import infer_schema
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
-from .types import A_by_expert, B_by_expert, Routing
+from .types import A_by_expert, B_by_expert, Routing, peft_B_by_expert
 
 
 def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``; asked first, as a conversion of nothing takes the host 1 us."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _by_expert(
+    A: Optional[Tensor], B: Optional[Tensor], num_experts: int, b_by_expert: Callable[[Tensor, int], Tensor]
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Factors by expert, views of those that are matrices."""
+    return None if A is None else A_by_expert(A, num_experts), None if B is None else b_by_expert(B, num_experts)
+
+
+def _give_as_given(
+    grads: List[Any], at: int, A: Optional[Tensor], B: Optional[Tensor], of_B: tuple[int, int, int]
+) -> None:
+    """Gradients by expert ``at`` and after it, in the shapes of factors as given; ``of_B`` permutes that of a B."""
+    if A is not None and grads[at] is not None:
+        grads[at] = grads[at].reshape(A.shape)
+    if B is not None and B.dim() == 2 and grads[at + 1] is not None:
+        grads[at + 1] = grads[at + 1].permute(of_B).reshape(B.shape)
 
 
 def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
@@ -131,6 +149,8 @@ def _forward_body(
     num_experts = gate_up_proj.shape[0]
     num_tokens, fan_out = expert_ids.shape
     weights, expert_ids = weights.view(-1), expert_ids.view(-1)
+    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert)
+    down_A, down_B = _by_expert(down_A, down_B, num_experts, peft_B_by_expert)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
@@ -411,7 +431,7 @@ def _backward_body(
     overwrite: bool,
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights."""
-    fan_out = expert_ids.shape[1]
+    fan_out, weights_shape = expert_ids.shape[1], weights.shape
     weights, expert_ids = weights.view(-1), expert_ids.view(-1)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
@@ -424,6 +444,9 @@ def _backward_body(
     need_a = need_down or need_down_A
     makes_u_up = gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A)
     grads: List[Any] = [None] * 11
+    given_up, given_down = (gate_up_A, gate_up_B), (down_A, down_B)
+    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, w_up.shape[0], peft_B_by_expert)
+    down_A, down_B = _by_expert(down_A, down_B, w_up.shape[0], peft_B_by_expert)
 
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
@@ -488,8 +511,6 @@ def _backward_body(
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
         run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
         del dropped
-    if not need_dh:
-        return grads
     a = None  # its memory is free for dX
 
     # Gate and up projection.
@@ -535,6 +556,10 @@ def _backward_body(
                 run, update, u_up, A_up, routing, z=None, expand=None, bias=None, weights=None, expert_ids=expert_ids
             )
             run.dropout(update, seed, p=lora_dropout, stream=DROPPED_INPUT, out=grads[0])
+    _give_as_given(grads, 5, *given_up, of_B=(1, 2, 0))
+    _give_as_given(grads, 7, *given_down, of_B=(1, 2, 0))
+    if need_weights:
+        grads[9] = grads[9].view(weights_shape)
     return grads
 
 
@@ -566,9 +591,9 @@ def _dot_dtype(weights: Tensor, bias: Optional[Tensor]) -> torch.dtype:
 
 
 def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> Tensor:
-    """The gradient of weights ``[T, k]`` from ``dot [S]``, and what `_bias_dot` adds to it."""
-    total = dot if bias_dot is None else dot + bias_dot[:, 0]
-    return _in_dtype(total, weights.dtype).view(weights.shape)
+    """The gradient of weights from ``dot [T, k]``, and what `_bias_dot` adds to it."""
+    total = dot if bias_dot is None else dot + bias_dot.view(dot.shape)
+    return _in_dtype(total, weights.dtype)
 
 
 def _fake_grads(inputs, needs):
@@ -746,15 +771,16 @@ def _linear_forward_body(
     num_slots = scattered_idxs.shape[0]
     choices = None if gates is None else gates.shape[1]
     gates = None if gates is None else gates.view(-1)
+    A, B = _by_expert(A, B, weight.shape[0], B_by_expert)
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,))
     xa = gated_xa = expand = None
     if A is not None and B is not None:
-        factor = run.in_factor(A_by_expert(A, weight.shape[0]), weight.dtype, rank_dim=1)
+        factor = run.in_factor(A, weight.dtype, rank_dim=1)
         xa, gated_xa = _weighted_shrink(
             run, x, factor.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
         )
         del factor
-        expand = run.in_factor(B_by_expert(B, weight.shape[0]), weight.dtype, rank_dim=2).mT
+        expand = run.in_factor(B, weight.dtype, rank_dim=2).mT
     y = run.grouped_gemm(
         x,
         weight,
@@ -862,25 +888,26 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = gates.shape[1] if gates is not None else 0 if grouped_out else 1
+    gates_shape = None if gates is None else gates.shape
     gates = None if gates is None else gates.view(-1)
+    given = A, B
+    A, B = _by_expert(A, B, weight.shape[0], B_by_expert)
     tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
-    num_experts = weight.shape[0]
 
-    u = dB = None
+    u = None
     if need_B:
         grads[4] = run.empty_like(B)
-        dB = B_by_expert(grads[4], num_experts)
     if A is not None and B is not None and (need_x or need_A or need_gates):
-        factor = run.in_factor(B_by_expert(B, num_experts), weight.dtype, rank_dim=2)
-        u = _rank_products(run, dout, factor, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
+        factor = run.in_factor(B, weight.dtype, rank_dim=2)
+        u = _rank_products(run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling)
         del factor
-    elif dB is not None:
-        run.gram(dout, xa, routing, dB, left_fan_out=dout_fan_out)
+    elif need_B:
+        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out)
     if need_x or need_gates:
-        expand = None if A is None else run.in_factor(A_by_expert(A, num_experts), weight.dtype, rank_dim=1)
+        expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
         dx = run.grouped_gemm(
             dout,
             weight.mT,
@@ -920,8 +947,10 @@ def _linear_backward_body(
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
         grads[3] = run.empty_like(A)
-        dA = A_by_expert(grads[3], num_experts)
-        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
+        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
+    _give_as_given(grads, 3, *given, of_B=(1, 0, 2))
+    if need_gates:
+        grads[5] = grads[5].view(gates_shape)
     return grads
 
 

@@ -80,8 +80,15 @@ class ExpertLoRA:
             raise ValueError(f"ExpertLoRA: A and B must be on one device, got {A.device} and {B.device}")
 
     @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(A, B)``, or the two matrices that `from_peft` was given."""
+        peft = self.__dict__.get("_peft")
+        return (self.A, self.B) if peft is None else peft[:2]
+
+    @property
     def num_experts(self) -> int:
-        return self.A.shape[0]
+        peft = self.__dict__.get("_peft")
+        return self.A.shape[0] if peft is None else peft[2]
 
     @property
     def rank(self) -> int:
@@ -97,7 +104,7 @@ class ExpertLoRA:
 
     @classmethod
     def from_peft(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
-        """Views of PEFT's factors for an expert stack (``peft.tuners.lora.ParamWrapper``); no copy.
+        """PEFT's factors for an expert stack (``peft.tuners.lora.ParamWrapper``); A and B are views of them.
 
         Args:
             lora_A: ``[E * r, in]``, the expert index slowest.
@@ -106,9 +113,20 @@ class ExpertLoRA:
             scaling: PEFT's ``scaling[adapter]``.
         """
         _check_factors(lora_A, lora_B, num_experts)
-        rank = lora_A.shape[0] // num_experts
-        A = lora_A.reshape(num_experts, rank, lora_A.shape[1])
-        return cls(A, lora_B.reshape(lora_B.shape[0], rank, num_experts).permute(2, 0, 1), scaling)
+        check_scaling("ExpertLoRA", scaling)
+        lora = object.__new__(cls)
+        lora.__dict__.update(_peft=(lora_A, lora_B, num_experts), scaling=scaling)
+        return lora
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A and B of PEFT's matrices, viewed where somebody asks for them: `moe_mlp` takes the matrices.
+
+        So a layer with PEFT's adapters has six views, and nodes of autograd's, less.
+        """
+        if name not in ("A", "B") or "_peft" not in self.__dict__:
+            raise AttributeError(f"ExpertLoRA has no attribute {name!r}")
+        lora_A, lora_B, num_experts = self.__dict__["_peft"]
+        return A_by_expert(lora_A, num_experts) if name == "A" else peft_B_by_expert(lora_B, num_experts)
 
     @classmethod
     def from_expert_major(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:
@@ -131,6 +149,11 @@ def A_by_expert(A: Tensor, num_experts: int) -> Tensor:
 def B_by_expert(B: Tensor, num_experts: int) -> Tensor:
     """``[E, out, r]`` of an expert-major ``B [out, E * r]``, as `A_by_expert`."""
     return B if B.dim() == 3 else B.view(B.shape[0], num_experts, B.shape[1] // num_experts).permute(1, 0, 2)
+
+
+def peft_B_by_expert(B: Tensor, num_experts: int) -> Tensor:
+    """``[E, out, r]`` of PEFT's ``B [out, r * E]``, as `A_by_expert`."""
+    return B if B.dim() == 3 else B.view(B.shape[0], B.shape[1] // num_experts, num_experts).permute(2, 0, 1)
 
 
 def check_scaling(function: str, scaling: object) -> None:
