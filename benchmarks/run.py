@@ -116,6 +116,19 @@ class Layer:
 
     def peft(self) -> Callable[[], Tensor]:
         """transformers' experts with its fastest implementation, and PEFT's LoRA for expert parameters."""
+        holder = self._peft_model()
+        return lambda: holder.experts(self.x, self.index, self.weights)
+
+    def kernelized(self) -> Callable[[], Tensor]:
+        """The same module after `kernelize`: ours, with the adapters as PEFT has them."""
+        from kernels import get_kernel
+
+        holder = self._peft_model()
+        get_kernel("org/scattermoe-lora", version=1).kernelize(holder)
+        return lambda: holder.experts(self.x, self.index, self.weights)
+
+    def _peft_model(self) -> Any:
+        """A module with the layer's experts, in transformers' class and PEFT's wrappers; its adapters train."""
         from peft import LoraConfig, inject_adapter_in_model
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -142,7 +155,7 @@ class Layer:
         inject_adapter_in_model(lora, holder)
         holder.to("cuda", torch.bfloat16)
         self.leaves = [self.x, self.weights, *(p for p in holder.parameters() if p.requires_grad)]
-        return lambda: holder.experts(self.x, self.index, self.weights)
+        return holder
 
     def grouped_mm(self) -> Callable[[], Tensor]:
         """torch's grouped product of sorted rows, LoRA as two more of them a projection."""
@@ -183,6 +196,7 @@ SYSTEMS = {
     "ours": Layer.ours,
     "ours, composed": Layer.composed,
     "ours, base trains": Layer.base_trains,
+    "PEFT, kernelized": Layer.kernelized,
     "PEFT + grouped_mm": Layer.peft,
     "grouped_mm + LoRA": Layer.grouped_mm,
 }

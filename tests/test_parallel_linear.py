@@ -488,7 +488,7 @@ def test_opcheck_route(kernel, size):
         torch.library.opcheck(inner(kernel, "ops").route, (ids.to(dtype), 4), test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("strides", ["dense", "strided"])
+@pytest.mark.parametrize("strides", ["dense", "strided", "matrices"])
 @pytest.mark.parametrize("other_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lora, bias", [(False, False), (True, False), (True, True)])
 def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
@@ -500,6 +500,10 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
         for name in ("hidden_states", "gate_up_proj", "down_B", "gate_up_B", "top_k_weights"):
             if name in x:
                 x[name] = x[name].mT.contiguous().mT
+    if strides == "matrices" and lora:  # as PEFT has them
+        for projection in ("gate_up", "down"):
+            x[f"{projection}_A"] = x[f"{projection}_A"].flatten(0, 1)
+            x[f"{projection}_B"] = x[f"{projection}_B"].permute(1, 2, 0).flatten(1)
     order = ("hidden_states", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
     order += ("gate_up_A", "gate_up_B", "down_A", "down_B", "top_k_weights")
     tensors = [x.get(name) for name in order]
@@ -516,7 +520,7 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
         torch.library.opcheck(ops.moe_mlp_backward, arguments, test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("strides", ["dense", "strided"])
+@pytest.mark.parametrize("strides", ["dense", "strided", "matrices"])
 @pytest.mark.parametrize("other_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["", "gates bias", "grouped_in gates", "grouped_out"])
 def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
@@ -524,7 +528,9 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
     case = Linear(7, 2, 3, 4 if layout else 0, 12, 10, torch.float32, layout)
     x = {name: tensor.float() for name, tensor in case.tensors.items()}
     x |= {name: x[name].to(other_dtype) for name in ("inputs", "lora_A", "gates") if name in x}
-    if case.r:
+    if case.r and strides == "matrices":
+        x["A"], x["B"] = x["lora_A"], x["lora_B"]
+    elif case.r:
         x["A"], x["B"] = x["lora_A"].view(3, 4, 12), x["lora_B"].view(10, 3, 4).transpose(0, 1)
     if strides == "strided":
         x |= {name: x[name].mT.contiguous().mT for name in ("inputs", "expert_weights", "gates") if name in x}
@@ -568,3 +574,40 @@ def test_factors_are_copied_only_where_the_kernels_can_not_read_them(kernel, dev
         cast = run.in_factor(factor, torch.float32 if factor.dtype == torch.float16 else torch.float16, rank_dim=dim)
         padded = F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding))
         assert cast.is_contiguous() and torch.equal(cast, padded.to(cast.dtype)) and cast.dtype != factor.dtype
+
+
+@every_device
+@pytest.mark.parametrize(
+    "shape, order, is_copied",
+    [
+        ((4, 40, 16), (1, 2, 0), True),  # PEFT's B
+        ((4, 40, 16), (2, 1, 0), True),
+        ((4, 40, 1), (1, 0, 2), True),  # expert-major, and of rank 1
+        ((4, 40, 16), (0, 1, 2), False),
+        ((4, 40, 16), (1, 0, 2), False),  # expert-major
+        ((4, 40, 16), (2, 0, 1), False),  # PEFT's B, transposed in memory
+        ((1, 40, 16), (1, 2, 0), False),
+        ((2, 40, 528), (1, 2, 0), False),  # of base weights
+    ],
+    ids=str,
+)
+def test_gradients_are_written_densely_where_experts_lie_side_by_side(kernel, device, shape, order, is_copied):
+    """A gram into any layout: by a copy where each element would be a write of its own; the same sums."""
+    run = kernel.backend.of(torch.empty(0, device=device))
+    if run is kernel.reference:
+        pytest.skip("the CPU backend writes where it is told to")
+    cast = inner(kernel, "triton_kernels.cast")
+    E, P, Q = shape
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(24, n, generator=generator).to(device) for n in (P, Q))
+    offsets = torch.arange(24 // E, 25, 24 // E, device=device)
+    routing = inner(kernel, "backend").routing(torch.arange(24, device=device), offsets)
+    memory = torch.full([shape[i] for i in order], float("nan"), device=device)
+    out = memory.permute([order.index(i) for i in range(3)])
+    with cast.dense(out) as stack:
+        assert (stack is not out) == is_copied and stack.shape == out.shape
+        stack.zero_()
+    assert (out == 0).all()
+    run.gram(left, right, routing, out, left_fan_out=0)
+    want = left.view(E, -1, P).mT.double() @ right.view(E, -1, Q).double()
+    assert ((out - want).norm() / want.norm()) < 1e-6

@@ -172,16 +172,19 @@ def test_without_gradients(kernel, replay, options, inference, training):
     assert len(program.views_of_inputs) == training
 
 
-def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, monkeypatch):
+@pytest.mark.parametrize("is_expanded", [False, True], ids=["dense", "one row of B for all"])
+def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, is_expanded, monkeypatch):
     """Routing, forward and backward are a program each, and only the forward works out who computes which rows."""
-    E, k, r, K, N = 3, 2, 4, 24, 32
+    E, k, r, K, N = 3, 2, 16, 24, 32
     launched = inner(kernel, "triton_kernels")
     schedule, scheduled = launched.schedule, []
     monkeypatch.setattr(launched, "schedule", lambda *given: scheduled.append(given) or schedule(*given))
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         torch.manual_seed(seed)
-        shapes = (11, K), (E, K, N), (E * r, K), (N, E * r)
-        leaves = x, weight, lora_A, lora_B = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        shapes = (11, K), (E, K, N), (E * r, K), (1 if is_expanded else N, E * r)
+        x, weight, lora_A, lora_B = map(torch.randn, shapes)
+        leaves = [tensor.requires_grad_() for tensor in (x, weight, lora_A, lora_B.expand(N, E * r))]
+        lora_B = leaves[3]
         index = torch.rand(11, E).topk(k).indices
         order = kernel.flatten_sort_count(index, E)
         out = kernel.parallel_linear_lora(x, weight, k, *order, lora_A=lora_A, lora_B=lora_B, scaling=2.0)
@@ -197,28 +200,37 @@ def test_a_linear_is_replayed_and_its_backward_has_the_schedule(kernel, replay, 
     assert len(replay._programs) == 3
 
 
-@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "columns of a wider one"])
+LAYOUTS = {
+    "dense": lambda lora_B: lora_B,
+    "columns of a wider one": lambda lora_B: torch.cat([lora_B, torch.ones_like(lora_B)], dim=1)[:, : lora_B.shape[1]],
+    "transposed": lambda lora_B: lora_B.T.contiguous().T,
+    "one row for all": lambda lora_B: lora_B[:1].expand_as(lora_B),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", list(CASES.values())[:3], ids=list(CASES)[:3])
-def test_factors_of_peft(kernel, replay, options, is_dense):
+def test_factors_of_peft(kernel, replay, options, layout):
     """PEFT's matrices are viewed by expert where a program is recorded: the bits of the same factors by expert."""
     for seed in (1, 2, 3):
+        case = Case(**(SIZES | options), seed=seed)
         results = []
         for of_peft in (False, True):
-            case = Case(**(SIZES | options), seed=seed)
             arguments, leaves = case.layer(kernel, torch.device("cpu"))
-            for projection in ("gate_up", "down") if of_peft else ():
+            for projection in ("gate_up", "down"):
                 lora = arguments[f"{projection}_lora"]
                 lora_A, lora_B = (factor.detach().clone() for factor in lora.to_peft())
-                if not is_dense:
-                    lora_B = torch.cat([lora_B, torch.ones_like(lora_B)], dim=1)[:, : lora_B.shape[1]]
-                leaves[f"{projection}_A"], leaves[f"{projection}_B"] = lora_A.requires_grad_(), lora_B.requires_grad_()
-                arguments[f"{projection}_lora"] = kernel.ExpertLoRA.from_peft(lora_A, lora_B, case.E, lora.scaling)
+                new = kernel.ExpertLoRA.from_peft(lora_A, LAYOUTS[layout](lora_B), case.E, lora.scaling)
+                if not of_peft:
+                    new = kernel.ExpertLoRA(new.A.clone(), new.B.contiguous(), lora.scaling)
+                leaves[f"{projection}_A"], leaves[f"{projection}_B"] = (f.requires_grad_() for f in new.factors)
+                arguments[f"{projection}_lora"] = new
             out = kernel.moe_mlp(**arguments)
             out.backward(case.grad)
             grads = {name: leaf.grad for name, leaf in leaves.items()}
             for projection in ("gate_up", "down") if of_peft else ():
                 A, B = (grads[f"{projection}_{name}"] for name in "AB")
-                assert A.dim() == B.dim() == 2 and A.is_contiguous() and B.is_contiguous()
+                assert A.shape == leaves[f"{projection}_A"].shape and B.shape == leaves[f"{projection}_B"].shape
                 by_expert = kernel.ExpertLoRA.from_peft(A, B, case.E, 1.0)
                 grads[f"{projection}_A"], grads[f"{projection}_B"] = by_expert.A, by_expert.B
             results.append({"output": out.detach(), **grads})

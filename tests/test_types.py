@@ -95,21 +95,46 @@ def test_from_peft_and_to_peft_are_views(kernel, num_experts, rank):
 
 
 def test_what_from_peft_gives_is_like_any_other(kernel):
-    """It views its matrices by expert where it is asked to: in copies, in what is printed, and for autograd too."""
-    lora_A, lora_B = torch.randn(4 * 3, H, requires_grad=True), torch.randn(I, 3 * 4, requires_grad=True)
-    lora = kernel.ExpertLoRA.from_peft(lora_A, lora_B, 4, 0.5)
-    assert lora.factors[0] is lora_A and lora.factors[1] is lora_B
-    other = dataclasses.replace(lora, scaling=2.0)
-    assert other.scaling == 2.0 and torch.equal(other.B, lora.B) and other.factors[0].dim() == 3
-    for same in (copy.copy(lora), copy.deepcopy(lora)):
-        assert same.scaling == 0.5 and same.num_experts == 4 and torch.equal(same.B, lora.B)
-    assert repr(lora) == repr(kernel.ExpertLoRA(lora.A, lora.B, 0.5))
-    assert hasattr(lora, "A") and not hasattr(lora, "C")
+    """It views its matrices by expert when it is first asked to: in copies, in what is printed, in comparisons."""
+    lora_A, lora_B = torch.randn(4 * 3, H), torch.randn(I, 3 * 4)
+
+    def make():
+        return kernel.ExpertLoRA.from_peft(lora_A, lora_B, 4, 0.5)
+
+    assert make().factors[0] is lora_A and make().factors[1] is lora_B
+    other = dataclasses.replace(make(), scaling=2.0)
+    assert other.scaling == 2.0 and torch.equal(other.B, make().B) and other.factors[0].dim() == 3
+    for same in (copy.copy(make()), copy.deepcopy(make())):
+        assert same.scaling == 0.5 and same.num_experts == 4 and torch.equal(same.B, make().B)
+    assert repr(make()) == repr(kernel.ExpertLoRA(make().A, make().B, 0.5))
+    lora = make()
+    assert hash(lora) == hash(lora) and lora == lora and lora != make().scaling
+    assert lora.A is lora.A and lora.factors[0] is lora.A and lora.num_experts == 4
+    assert hasattr(make(), "A") and not hasattr(make(), "C")
     assert not hasattr(object.__new__(kernel.ExpertLoRA), "A")  # as copies are made
-    (lora.A.sum() + 2 * lora.B.sum()).backward()
-    assert torch.equal(lora_A.grad, torch.ones_like(lora_A)) and torch.equal(lora_B.grad, 2 * torch.ones_like(lora_B))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        lora.A = lora_A
+        make().A = lora_A
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_factors_of_peft_train_whoever_looks_at_them(kernel, mode):
+    """Once they are viewed by expert it is these views that a layer's gradients go through, to PEFT's matrices."""
+    x, index, weights = torch.randn(5, H), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    up, down = torch.randn(4, 2 * I, H), torch.randn(4, H, I)
+    grads = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        lora_A, lora_B = torch.randn(4 * 3, H, requires_grad=True), torch.randn(2 * I, 3 * 4, requires_grad=True)
+        lora, seen = kernel.ExpertLoRA.from_peft(lora_A, lora_B, 4, 0.5), []
+        if looks:
+            with mode():
+                assert lora.rank == 3
+            if mode is not torch.inference_mode:
+                lora.B.register_hook(seen.append)
+        kernel.moe_mlp(x, up, down, index, weights, gate_up_lora=lora).square().sum().backward()
+        grads.append((lora_A.grad, lora_B.grad))
+        assert len(seen) == (looks and mode is not torch.inference_mode)
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(

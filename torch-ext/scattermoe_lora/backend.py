@@ -73,7 +73,10 @@ def dense_indices(*indices: Tensor) -> tuple[Tensor, ...]:
 
 
 def fake_rank_product(like: Tensor, A: Tensor | None, num_slots: int) -> Tensor:
-    """What a `shrink` by a factor ``A [E, r, in]`` returns, for ops that are traced: the kernels pad its ranks."""
+    """What a `shrink` by a factor ``A [E, r, in]`` or ``[E * r, in]`` returns, for ops that are traced.
+
+    The kernels pad its ranks. ``like`` is a stack of as many experts.
+    """
     if A is None:
         return like.new_empty(0)
     rank = A.shape[1] if A.dim() == 3 else A.shape[0] // like.shape[0]

@@ -33,14 +33,12 @@ def _by_expert(
     return None if A is None else A_by_expert(A, num_experts), None if B is None else b_by_expert(B, num_experts)
 
 
-def _give_as_given(
-    grads: List[Any], at: int, A: Optional[Tensor], B: Optional[Tensor], of_B: tuple[int, int, int]
-) -> None:
-    """Gradients by expert ``at`` and after it, in the shapes of factors as given; ``of_B`` permutes that of a B."""
-    if A is not None and grads[at] is not None:
-        grads[at] = grads[at].reshape(A.shape)
-    if B is not None and B.dim() == 2 and grads[at + 1] is not None:
-        grads[at + 1] = grads[at + 1].permute(of_B).reshape(B.shape)
+def _new_grad(
+    run: ModuleType, factor: Optional[Tensor], num_experts: int, by_expert: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A gradient to write, like the factor as it was given, and a view of it by expert."""
+    grad = run.empty_like(factor)
+    return grad, by_expert(grad, num_experts)
 
 
 def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
@@ -431,7 +429,7 @@ def _backward_body(
     overwrite: bool,
 ) -> List[Optional[Tensor]]:
     """The ten gradients, where needed, and what a bias adds to that of the routing weights."""
-    fan_out, weights_shape = expert_ids.shape[1], weights.shape
+    fan_out = expert_ids.shape[1]
     weights, expert_ids = weights.view(-1), expert_ids.view(-1)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
@@ -444,24 +442,26 @@ def _backward_body(
     need_a = need_down or need_down_A
     makes_u_up = gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A)
     grads: List[Any] = [None] * 11
-    given_up, given_down = (gate_up_A, gate_up_B), (down_A, down_B)
-    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, w_up.shape[0], peft_B_by_expert)
-    down_A, down_B = _by_expert(down_A, down_B, w_up.shape[0], peft_B_by_expert)
+    num_experts = w_up.shape[0]
+    (given_up_A, given_up_B), (given_down_A, given_down_B) = (gate_up_A, gate_up_B), (down_A, down_B)
+    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert)
+    down_A, down_B = _by_expert(down_A, down_B, num_experts, peft_B_by_expert)
+    dB_up = dA_down = dB_down = None
 
     # Down projection and activation: y is never needed, and a is made again from h.
     u_down = A_down = None
     if down_A is not None and down_B is not None:
         B_down = run.in_factor(down_B, w_down.dtype, rank_dim=2)
         if need_down_B:
-            grads[8] = run.empty_like(down_B)
-        u_down = _rank_products(run, dout, B_down, waa, routing, grads[8], fan_out=fan_out, scaling=down_scaling)
+            grads[8], dB_down = _new_grad(run, given_down_B, num_experts, peft_B_by_expert)
+        u_down = _rank_products(run, dout, B_down, waa, routing, dB_down, fan_out=fan_out, scaling=down_scaling)
         del B_down
         A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
     B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2) if makes_u_up else None
     if need_up_B:
-        grads[6] = run.empty_like(gate_up_B)
+        grads[6], dB_up = _new_grad(run, given_up_B, num_experts, peft_B_by_expert)
     if need_down_A:
-        grads[7] = run.empty_like(down_A)
+        grads[7], dA_down = _new_grad(run, given_down_A, num_experts, A_by_expert)
     made = None
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
@@ -479,7 +479,7 @@ def _backward_body(
             "dot_dtype": _dot_dtype(weights, bias_of_dot) if need_weights else None,
             "out": h if overwrite else None,
         }
-        if need_down_A and not need_down and seed is None and need_up_B and makes_u_up:
+        if dA_down is not None and dB_up is not None and not need_down and seed is None and makes_u_up:
             # All that reads a, or dh for its rank: where one pass makes it, it needs neither to be there for it.
             made = run.act_grad_grams(
                 a,
@@ -487,10 +487,10 @@ def _backward_body(
                 routing,
                 **of_activation,
                 right_a=u_down,
-                out_a=grads[7].mT,
+                out_a=dA_down.mT,
                 factor=B_up,
                 right_h=xa,
-                out_h=grads[6],
+                out_h=dB_up,
                 scale=gate_up_scaling,
             )
         if made is not None:
@@ -507,9 +507,9 @@ def _backward_body(
     if need_down_bias:
         grads[4] = run.empty_like(down_proj_bias)
         run.gram(dout, None, routing, grads[4][:, :, None], left_fan_out=fan_out, row_weights=weights)
-    if need_down_A and made is None:
+    if dA_down is not None and made is None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        run.gram(dropped, u_down, routing, grads[7].mT, left_fan_out=0)
+        run.gram(dropped, u_down, routing, dA_down.mT, left_fan_out=0)
         del dropped
     a = None  # its memory is free for dX
 
@@ -517,9 +517,9 @@ def _backward_body(
     if made is None:
         u_up = None
         if B_up is not None:
-            u_up = _rank_products(run, dh, B_up, xa, routing, grads[6], fan_out=0, scaling=gate_up_scaling)
-        elif need_up_B:
-            run.gram(dh, xa, routing, grads[6], left_fan_out=0)
+            u_up = _rank_products(run, dh, B_up, xa, routing, dB_up, fan_out=0, scaling=gate_up_scaling)
+        elif dB_up is not None:
+            run.gram(dh, xa, routing, dB_up, left_fan_out=0)
     del B_up
     A_up = None if u_up is None or not need_x else run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
     if need_up:
@@ -530,9 +530,9 @@ def _backward_body(
         grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5] = run.empty_like(gate_up_A)
+        grads[5], dA_up = _new_grad(run, given_up_A, num_experts, A_by_expert)
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
-        run.gram(dropped, u_up, routing, grads[5].mT, left_fan_out=fan_out)
+        run.gram(dropped, u_up, routing, dA_up.mT, left_fan_out=fan_out)
         del dropped
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
@@ -556,10 +556,6 @@ def _backward_body(
                 run, update, u_up, A_up, routing, z=None, expand=None, bias=None, weights=None, expert_ids=expert_ids
             )
             run.dropout(update, seed, p=lora_dropout, stream=DROPPED_INPUT, out=grads[0])
-    _give_as_given(grads, 5, *given_up, of_B=(1, 2, 0))
-    _give_as_given(grads, 7, *given_down, of_B=(1, 2, 0))
-    if need_weights:
-        grads[9] = grads[9].view(weights_shape)
     return grads
 
 
@@ -591,9 +587,9 @@ def _dot_dtype(weights: Tensor, bias: Optional[Tensor]) -> torch.dtype:
 
 
 def _weights_grad(dot: Tensor, bias_dot: Optional[Tensor], weights: Tensor) -> Tensor:
-    """The gradient of weights from ``dot [T, k]``, and what `_bias_dot` adds to it."""
-    total = dot if bias_dot is None else dot + bias_dot.view(dot.shape)
-    return _in_dtype(total, weights.dtype)
+    """The gradient of weights ``[T, k]`` from ``dot [S]``, and what `_bias_dot` adds to it."""
+    total = dot if bias_dot is None else dot + bias_dot[:, 0]
+    return _in_dtype(total, weights.dtype).view(weights.shape)
 
 
 def _fake_grads(inputs, needs):
@@ -888,24 +884,23 @@ def _linear_backward_body(
     """The six gradients, where needed, and what a bias adds to that of the gates."""
     x_fan_out = 0 if grouped_in else k
     dout_fan_out = gates.shape[1] if gates is not None else 0 if grouped_out else 1
-    gates_shape = None if gates is None else gates.shape
     gates = None if gates is None else gates.view(-1)
-    given = A, B
-    A, B = _by_expert(A, B, weight.shape[0], B_by_expert)
+    num_experts, given_A, given_B = weight.shape[0], A, B
+    A, B = _by_expert(A, B, num_experts, B_by_expert)
     tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
 
-    u = None
+    u = dB = None
     if need_B:
-        grads[4] = run.empty_like(B)
+        grads[4], dB = _new_grad(run, given_B, num_experts, B_by_expert)
     if A is not None and B is not None and (need_x or need_A or need_gates):
         factor = run.in_factor(B, weight.dtype, rank_dim=2)
-        u = _rank_products(run, dout, factor, xa, routing, grads[4], fan_out=dout_fan_out, scaling=scaling)
+        u = _rank_products(run, dout, factor, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
         del factor
-    elif need_B:
-        run.gram(dout, xa, routing, grads[4], left_fan_out=dout_fan_out)
+    elif dB is not None:
+        run.gram(dout, xa, routing, dB, left_fan_out=dout_fan_out)
     if need_x or need_gates:
         expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
         dx = run.grouped_gemm(
@@ -946,11 +941,8 @@ def _linear_backward_body(
         grads[2] = run.empty_like(bias)
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
     if need_A:
-        grads[3] = run.empty_like(A)
-        run.gram(x, u, routing, grads[3].mT, left_fan_out=x_fan_out, row_weights=gates)
-    _give_as_given(grads, 3, *given, of_B=(1, 0, 2))
-    if need_gates:
-        grads[5] = grads[5].view(gates_shape)
+        grads[3], dA = _new_grad(run, given_A, num_experts, A_by_expert)
+        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
     return grads
 
 

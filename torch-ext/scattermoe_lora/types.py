@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -119,14 +120,19 @@ class ExpertLoRA:
         return lora
 
     def __getattr__(self, name: str) -> Tensor:
-        """A and B of PEFT's matrices, viewed where somebody asks for them: `moe_mlp` takes the matrices.
+        """A and B of PEFT's matrices, which are viewed when somebody first asks for them.
 
-        So a layer with PEFT's adapters has six views, and nodes of autograd's, less.
+        `moe_mlp` takes the matrices until then, which saves a layer six views and their autograd nodes.
         """
         if name not in ("A", "B") or "_peft" not in self.__dict__:
-            raise AttributeError(f"ExpertLoRA has no attribute {name!r}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         lora_A, lora_B, num_experts = self.__dict__["_peft"]
-        return A_by_expert(lora_A, num_experts) if name == "A" else peft_B_by_expert(lora_B, num_experts)
+        with torch.enable_grad():  # they are kept, and may be differentiated later
+            factors = {"A": A_by_expert(lora_A, num_experts), "B": peft_B_by_expert(lora_B, num_experts)}
+        if not torch.is_inference_mode_enabled():
+            self.__dict__.update(factors)
+            self.__dict__.pop("_peft", None)
+        return factors[name]
 
     @classmethod
     def from_expert_major(cls, lora_A: Tensor, lora_B: Tensor, num_experts: int, scaling: float) -> ExpertLoRA:

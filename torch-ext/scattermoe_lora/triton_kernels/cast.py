@@ -19,6 +19,9 @@ from .launch import empty, launch
 
 # Elements of a program's block, and experts of it where they lie side by side: 128 bytes of PEFT's float32.
 ELEMENTS, EXPERTS = 4096, 32
+# Columns up to which a stack is an adapter's. A wider one is of base weights: a second one of it would take as much
+# memory as the weights.
+WIDEST = 512
 
 
 @triton.jit
@@ -90,8 +93,9 @@ def cast(x: Tensor, out: Tensor) -> None:
 
 
 def has_experts_side_by_side(stack: Tensor) -> bool:
-    """Whether an element of ``[E, M, N]`` lies beside those of other experts, as in PEFT's B and its gradient."""
-    return stack.stride(0) < stack.stride(2)
+    """Whether an element of ``[E, M, N]`` lies nearer to other experts' than to others of its own, as in PEFT's B."""
+    others = [stride for n, stride in zip(stack.shape[1:], stack.stride()[1:], strict=True) if n > 1]
+    return stack.shape[0] > 1 and stack.stride(0) < min(others, default=0)
 
 
 @contextlib.contextmanager
@@ -102,7 +106,7 @@ def dense(out: Tensor) -> Iterator[Tensor]:
     an H200 the two passes that make PEFT's gradients of B took 103 and 196 us so, 48 and 157 densely (8192 tokens; 69
     and 60, 12 and 26 with 512), and each of the casts takes 5 to 8.
     """
-    if not has_experts_side_by_side(out):
+    if out.shape[2] > WIDEST or not has_experts_side_by_side(out):
         yield out
         return
     stack = empty(*out.shape, dtype=out.dtype, device=out.device)

@@ -32,11 +32,6 @@ ALIGNMENT = 256
 _programs: dict[tuple, _Program] = {}
 
 
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How many elements lie between a tensor's first and its last, both counted."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
-
-
 class _Program:
     """A recording, then its replay.
 
@@ -117,7 +112,8 @@ class _Program:
         for output in outputs:
             entry = 0 if output is None else self._entry(output.data_ptr())
             if output is not None:
-                self._allocate_as(entry, output)
+                same = self.allocations.get(entry) == (output.shape, output.stride(), output.dtype)
+                self.complete = self.complete and same
             self.outputs.append(entry)
         self._share_memory()
         self.views_of_inputs = [(entry, views) for entry, views in self.views.items() if entry < self.num_fixed]
@@ -129,19 +125,6 @@ class _Program:
         self.steps = [(*step, tuple(dead.get(position, ()))) for position, step in enumerate(self.steps)]
         self.entries, self.roots, self.allocations = {}, {}, {}
         return self.complete
-
-    def _allocate_as(self, entry: int, output: Tensor) -> None:
-        """Makes an allocation the output that it is returned as, which may be a view of all of it."""
-        allocation = self.allocations.get(entry)
-        like = output.shape, output.stride(), output.dtype
-        if allocation == like:
-            return
-        if allocation is None or allocation[2] != output.dtype or _span(*allocation[:2]) != _span(*like[:2]):
-            self.complete = False
-            return
-        self.allocations[entry] = like
-        make = functools.partial(torch.empty_strided, *like[:2], dtype=output.dtype, device=output.device)
-        self.steps = [("allocate", entry, make) if step[:2] == ("allocate", entry) else step for step in self.steps]
 
     def _last_uses(self) -> dict[int, int]:
         """The step that uses each input and allocation last, or a view of it."""
@@ -161,7 +144,8 @@ class _Program:
             if kind != "allocate" or entry in self.outputs or entry in called:
                 continue
             shape, strides, dtype = self.allocations[entry]
-            size = -(-_span(shape, strides) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+            size = -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
             begin = 0
             for other_begin, other_end in sorted(placed[other] for other in placed if last[other] >= position):
                 if begin + size <= other_begin:
