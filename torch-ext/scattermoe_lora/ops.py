@@ -90,8 +90,9 @@ def _moe_mlp_forward(
 ) -> List[Tensor]:
     """``[out]``, and with ``needs`` what the backward needs: ``h, xa, waa, scattered_idxs, expert_offsets, tiles``.
 
-    ``needs`` is `moe_mlp_backward`'s, empty where none follows. ``waa`` is the down projection's product into the rank
-    times the routing weights, as the gradient of B has it.
+    Factors are by expert, or PEFT's matrices: these are viewed where the op is recorded, as a view takes the host 1 to
+    10 us. ``needs`` is `moe_mlp_backward`'s, empty where none follows. ``waa`` is the down projection's product into
+    the rank times the routing weights, as the gradient of B has it.
     """
     dtype = gate_up_proj.dtype
     tensors = (
@@ -723,7 +724,7 @@ def _parallel_linear_forward(
 ) -> List[Tensor]:
     """``[out]``, and with ``needs``, as in `moe_mlp_forward`, what the backward needs: ``xa`` and ``tiles``.
 
-    With gates ``xa`` is times these, as the gradient of B has it.
+    Factors are by expert or expert-major. With gates ``xa`` is times these, as the gradient of B has it.
     """
     dtype = expert_weights.dtype
     tensors = (
