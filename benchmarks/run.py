@@ -57,6 +57,12 @@ CASES: dict[str, tuple[str, int, int, float]] = {
 }
 
 
+def our_kernel() -> Any:
+    from kernels import get_kernel
+
+    return get_kernel("org/scattermoe-lora", version=1)
+
+
 class Layer:
     """One experts layer's tensors, and the systems that compute it."""
 
@@ -82,9 +88,7 @@ class Layer:
         self.leaves = [self.x, self.weights, self.A_up, self.B_up, self.A_down, self.B_down]
 
     def ours(self) -> Callable[[], Tensor]:
-        from kernels import get_kernel
-
-        kernel = get_kernel("org/scattermoe-lora", version=1)
+        kernel = our_kernel()
         up, down = kernel.ExpertLoRA(self.A_up, self.B_up, 2.0), kernel.ExpertLoRA(self.A_down, self.B_down, 2.0)
         return lambda: kernel.moe_mlp(
             self.x, self.up, self.down, self.index, self.weights, gate_up_lora=up, down_lora=down
@@ -92,9 +96,7 @@ class Layer:
 
     def composed(self) -> Callable[[], Tensor]:
         """The same by two `parallel_linear_lora` and an `activate`, as code written for ScatterMoE may have it."""
-        from kernels import get_kernel
-
-        kernel = get_kernel("org/scattermoe-lora", version=1)
+        kernel = our_kernel()
         E = self.model.num_experts
         A_up, A_down = (A.detach().flatten(0, 1).requires_grad_() for A in (self.A_up, self.A_down))
         B_up, B_down = (B.detach().permute(1, 0, 2).flatten(1).requires_grad_() for B in (self.B_up, self.B_down))
@@ -121,10 +123,8 @@ class Layer:
 
     def kernelized(self) -> Callable[[], Tensor]:
         """The same module after `kernelize`: ours, with the adapters as PEFT has them."""
-        from kernels import get_kernel
-
         holder = self._peft_model()
-        get_kernel("org/scattermoe-lora", version=1).kernelize(holder)
+        our_kernel().kernelize(holder)
         return lambda: holder.experts(self.x, self.index, self.weights)
 
     def _peft_model(self) -> Any:
