@@ -63,6 +63,7 @@ class Case:
     pattern: str = "uniform"
     scalings: tuple[float, float] = (0.5, 2.0)
     adapter_dtype: torch.dtype | None = None
+    of_peft: bool = False  # the adapters' factors are PEFT's matrices
     frozen: Sequence[str] = ()
     seed: int = 20
     home: torch.device = torch.device("cpu")  # where the float64 tensors live and the definition runs
@@ -134,7 +135,12 @@ class Case:
         if self.r:
             for projection, scaling in zip(("gate_up", "down"), self.scalings, strict=True):
                 A, B = arguments.pop(f"{projection}_A"), arguments.pop(f"{projection}_B")
-                arguments[f"{projection}_lora"] = kernel.ExpertLoRA(A, B, scaling)
+                lora = kernel.ExpertLoRA(A, B, scaling)
+                if self.of_peft and not reference:
+                    matrices = [matrix.detach().requires_grad_() for matrix in lora.to_peft()]
+                    leaves[f"{projection}_A"], leaves[f"{projection}_B"] = matrices
+                    lora = kernel.ExpertLoRA.from_peft(*matrices, self.E, scaling)
+                arguments[f"{projection}_lora"] = lora
         arguments |= {
             "top_k_index": self.top_k_index.to(where),
             "is_transposed": self.is_transposed,
@@ -150,6 +156,10 @@ class Case:
         out = function(**arguments)
         out.backward(self.grad.to(out.device, out.dtype))
         grads = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        for projection in ("gate_up", "down") if self.of_peft and not reference else ():
+            A, B = f"d {projection}_A", f"d {projection}_B"
+            by_expert = kernel.ExpertLoRA.from_peft(grads[A], grads[B], self.E, 1.0)
+            grads[A], grads[B] = by_expert.A, by_expert.B
         return {"output": out.detach(), **grads}
 
     def check(self, kernel: ModuleType, device: torch.device, bound: float | None = None) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ def test_replay(kernel, options):
 CLAMPED = "clamped_glu(1.702, 7.0, 1.0)"
 HOPPER = {
     "frozen base": {"frozen": BASE, "adapter_dtype": torch.float32},
+    "adapters as PEFT has them": {"frozen": BASE, "adapter_dtype": torch.float32, "of_peft": True},
     "gpt-oss": {"is_transposed": True, "is_concatenated": False, "has_bias": True, "activation": CLAMPED},
     "transposed halves": {"is_transposed": True, "has_bias": True, "activation": CLAMPED},
     "no LoRA": {"r": 0, "dtype": torch.float16},
@@ -103,6 +104,7 @@ HOPPER = {
     "no gate": {"has_gate": False, "activation": "relu2"},
     "gelu": {"activation": "gelu", "has_bias": True},
     "all of the activation's gradient in one pass": {"I": 384, "frozen": BASE, "adapter_dtype": torch.float32},
+    "... adapters as PEFT has them": {"I": 256, "frozen": BASE, "of_peft": True},
     "... rank 32 and 16-bit weights, in parts": {"I": 256, "r": 32, "frozen": BASE, "T": 3000},
     "... rank 8, gelu": {"I": 128, "r": 8, "frozen": BASE, "activation": "gelu", "dtype": torch.float16},
     "... no gradient of the routing weights": {"I": 128, "frozen": (*BASE, "top_k_weights")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import BOUNDS, Case, assert_close, relative_error
+from numerics import BASE, BOUNDS, Case, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 
 every_device = pytest.mark.every_device
@@ -23,6 +23,15 @@ SIZES = [
     (63, 40, 24, 5, 2, 200),
     (0, 40, 24, 5, 2, 4),
 ]
+
+
+@every_device
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=str)
+def test_pefts_layout_at_sizes_of_hoppers_kernels(kernel, device, adapter_dtype):
+    """Rows, columns and rank enough for these to be used where there is a Hopper GPU."""
+    sizes = {"T": 70, "H": 256, "I": 256, "E": 4, "k": 2, "r": 16}
+    case = Case(**sizes, dtype=torch.float16, adapter_dtype=adapter_dtype, of_peft=True, frozen=BASE)
+    case.check(kernel, device)
 
 
 @every_device
