@@ -564,16 +564,47 @@ def test_factors_are_copied_only_where_the_kernels_can_not_read_them(kernel, dev
     if padding:
         copied, readable = copied + readable, []
 
+    def read(factor, dim, dtype):
+        ((A, B),) = run.in_factors(dtype, (factor, None) if dim == 1 else (None, factor))
+        assert (A is None) == (dim == 2) and (B is None) == (dim == 1)
+        return A if dim == 1 else B
+
+    def padded(factor, dim):
+        return F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding))
+
     for factor, dim in readable:
-        assert run.in_factor(factor, factor.dtype, rank_dim=dim) is factor
+        assert read(factor, dim, factor.dtype) is factor
     for factor, dim in copied:
-        copy = run.in_factor(factor, factor.dtype, rank_dim=dim)
-        assert copy is not factor and copy.is_contiguous()
-        assert torch.equal(copy, F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding)))
+        copy = read(factor, dim, factor.dtype)
+        assert copy is not factor and copy.is_contiguous() and torch.equal(copy, padded(factor, dim))
     for factor, dim in (*copied, *readable, (peft.A.mT, 2)):
-        cast = run.in_factor(factor, torch.float32 if factor.dtype == torch.float16 else torch.float16, rank_dim=dim)
-        padded = F.pad(factor, (0, padding) if dim == 2 else (0, 0, 0, padding))
-        assert cast.is_contiguous() and torch.equal(cast, padded.to(cast.dtype)) and cast.dtype != factor.dtype
+        dtype = torch.float32 if factor.dtype == torch.float16 else torch.float16
+        cast = read(factor, dim, dtype)
+        assert cast.is_contiguous() and torch.equal(cast, padded(factor, dim).to(dtype)) and cast.dtype != factor.dtype
+
+
+@every_device
+@pytest.mark.parametrize("number", range(1, 10))
+def test_stacks_that_are_cast_together(kernel, device, number):
+    """As many as there are, of any layouts and dtypes: each into its own, padding zeros, and nothing beside them."""
+    run = kernel.backend.of(torch.empty(0, device=device))
+    orders = [(0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (2, 1, 0)]
+    E, stacks, wanted = 5, [], []
+    for i in range(number):
+        M, N = (3, 70, 8, 1, 33)[i % 5], (40, 8, 0 if i == 2 else 9, 16, 7)[(i + i // 5) % 5]
+        rows, columns = (M, N) if run is kernel.reference else (M + i % 3, N + i % 2 * 3)
+        x, order = torch.randn(E, M, N, device=device), orders[i % 5]
+        x = x.permute(order).contiguous().permute([order.index(j) for j in range(3)])
+        order, shape = orders[(i + 2) % 5], (E, rows, columns)
+        dtype = (torch.float16, torch.float32)[i % 2]
+        room = torch.full([shape[j] + 1 for j in order], -1.0, device=device, dtype=dtype)
+        room = room.permute([order.index(j) for j in range(3)])
+        stacks.append((x, room[:E, :rows, :columns]))
+        want = F.pad(x, (0, columns - N, 0, rows - M)).to(dtype)
+        wanted.append((F.pad(want, (0, 1, 0, 1, 0, 1), value=-1.0), room))
+    run.cast(stacks)
+    for want, room in wanted:
+        assert torch.equal(room, want)
 
 
 @every_device
@@ -596,7 +627,6 @@ def test_gradients_are_written_densely_where_experts_lie_side_by_side(kernel, de
     run = kernel.backend.of(torch.empty(0, device=device))
     if run is kernel.reference:
         pytest.skip("the CPU backend writes where it is told to")
-    cast = inner(kernel, "triton_kernels.cast")
     E, P, Q = shape
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.randn(24, n, generator=generator).to(device) for n in (P, Q))
@@ -604,10 +634,10 @@ def test_gradients_are_written_densely_where_experts_lie_side_by_side(kernel, de
     routing = inner(kernel, "backend").routing(torch.arange(24, device=device), offsets)
     memory = torch.full([shape[i] for i in order], float("nan"), device=device)
     out = memory.permute([order.index(i) for i in range(3)])
-    with cast.dense(out) as stack:
-        assert (stack is not out) == is_copied and stack.shape == out.shape
-        stack.zero_()
-    assert (out == 0).all()
-    run.gram(left, right, routing, out, left_fan_out=0)
+    stack = run.dense(out)
+    assert (stack is not out) == is_copied and stack.shape == out.shape
+    run.gram(left, right, routing, stack, left_fan_out=0)
+    if is_copied:
+        run.cast([(stack, out)])
     want = left.view(E, -1, P).mT.double() @ right.view(E, -1, Q).double()
     assert ((out - want).norm() / want.norm()) < 1e-6

@@ -163,7 +163,7 @@ def group_bwd_lora(
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
     views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
-    A, B = run.in_factor(lora.A, X.dtype, rank_dim=1), run.in_factor(lora.B, X.dtype, rank_dim=2)
+    ((A, B),) = run.in_factors(X.dtype, (lora.A, lora.B))
     xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=scaling)
     u = run.shrink_gram(DY, B, xa, routing, views.B, x_fan_out=0, scale=scaling)
     run.gram(X, u, routing, views.A.mT, left_fan_out=0)
@@ -232,9 +232,9 @@ def _gemm(
     x_fan_out = 0 if x_grouped else k
     z = expand = None
     if lora is not None:
-        A = run.in_factor(lora.A, X.dtype, rank_dim=1)
+        ((A, B),) = run.in_factors(X.dtype, (lora.A, lora.B))
         z = run.shrink(X, A.mT, routing, x_fan_out=x_fan_out, scale=lora.scaling)
-        expand = run.in_factor(lora.B, X.dtype, rank_dim=2).mT
+        expand = B.mT
     return run.grouped_gemm(
         X,
         W,

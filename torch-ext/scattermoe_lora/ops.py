@@ -34,11 +34,26 @@ def _by_expert(
 
 
 def _new_grad(
-    run: ModuleType, factor: Optional[Tensor], num_experts: int, by_expert: Callable[[Tensor, int], Tensor]
+    run: ModuleType,
+    factor: Optional[Tensor],
+    num_experts: int,
+    by_expert: Callable[[Tensor, int], Tensor],
+    stacks: List[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """A gradient to write, like the factor as it was given, and a view of it by expert."""
+    """A gradient like the factor as it was given, and what is to be written by expert: a view of it or, added with
+    that to the ``stacks`` to be cast, a dense one."""
     grad = run.empty_like(factor)
-    return grad, by_expert(grad, num_experts)
+    view = by_expert(grad, num_experts)
+    stack = run.dense(view)
+    if stack is not view:
+        stacks.append((stack, view))
+    return grad, stack
+
+
+def _cast(run: ModuleType, stacks: List[tuple[Tensor, Tensor]]) -> None:
+    """Casts the stacks of `_new_grad` that were written, and lets go of them."""
+    run.cast(stacks)
+    stacks.clear()
 
 
 def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
@@ -148,20 +163,22 @@ def _forward_body(
     num_experts = gate_up_proj.shape[0]
     num_tokens, fan_out = expert_ids.shape
     weights, expert_ids = weights.view(-1), expert_ids.view(-1)
-    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert)
-    down_A, down_B = _by_expert(down_A, down_B, num_experts, peft_B_by_expert)
     w_up = gate_up_proj if is_transposed else gate_up_proj.mT
     w_down = down_proj if is_transposed else down_proj.mT
+    (A_up, B_up), (A_down, B_down) = run.in_factors(
+        w_up.dtype,
+        _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert),
+        _by_expert(down_A, down_B, num_experts, peft_B_by_expert),
+    )
     _, scattered_idxs, expert_offsets = run.route(expert_ids, num_experts)
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (w_up, w_down))
 
     xa = expand = None
-    if gate_up_A is not None and gate_up_B is not None:
+    if A_up is not None and B_up is not None:
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
-        A_up = run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
         xa = run.shrink(dropped, A_up.mT, routing, x_fan_out=fan_out, scale=gate_up_scaling)
-        del dropped, A_up
-        expand = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2).mT
+        del dropped
+        expand = B_up.mT
     h, a = run.grouped_gemm_act(
         x,
         w_up,
@@ -176,14 +193,14 @@ def _forward_body(
         save=save,
     )
     aa = waa = expand = None
-    if down_A is not None and down_B is not None:
+    A_up = B_up = None  # their memory is free for y
+    if A_down is not None and B_down is not None:
         dropped = a if seed is None else _drop_activation(run, a, seed, lora_dropout, routing)
-        A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
         aa, waa = _weighted_shrink(
             run, dropped, A_down.mT, routing, weights if save else None, x_fan_out=0, scale=down_scaling
         )
-        del dropped, A_down
-        expand = run.in_factor(down_B, w_down.dtype, rank_dim=2).mT
+        del dropped
+        expand = B_down.mT
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     _gemm_combine(
         run,
@@ -444,25 +461,25 @@ def _backward_body(
     makes_u_up = gate_up_A is not None and gate_up_B is not None and (need_x or need_up_A)
     grads: List[Any] = [None] * 11
     num_experts = w_up.shape[0]
-    (given_up_A, given_up_B), (given_down_A, given_down_B) = (gate_up_A, gate_up_B), (down_A, down_B)
-    gate_up_A, gate_up_B = _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert)
-    down_A, down_B = _by_expert(down_A, down_B, num_experts, peft_B_by_expert)
+    up_A, up_B = _by_expert(gate_up_A, gate_up_B, num_experts, peft_B_by_expert)
+    (A_up, B_up), (A_down, B_down) = run.in_factors(
+        w_up.dtype,
+        (up_A if makes_u_up and need_x else None, up_B if makes_u_up else None),
+        _by_expert(down_A, down_B, num_experts, peft_B_by_expert),
+    )
     dB_up = dA_down = dB_down = None
+    stacks: List[tuple[Tensor, Tensor]] = []
 
     # Down projection and activation: y is never needed, and a is made again from h.
-    u_down = A_down = None
-    if down_A is not None and down_B is not None:
-        B_down = run.in_factor(down_B, w_down.dtype, rank_dim=2)
+    u_down = None
+    if A_down is not None and B_down is not None:
         if need_down_B:
-            grads[8], dB_down = _new_grad(run, given_down_B, num_experts, peft_B_by_expert)
+            grads[8], dB_down = _new_grad(run, down_B, num_experts, peft_B_by_expert, stacks)
         u_down = _rank_products(run, dout, B_down, waa, routing, dB_down, fan_out=fan_out, scaling=down_scaling)
-        del B_down
-        A_down = run.in_factor(down_A, w_down.dtype, rank_dim=1)
-    B_up = run.in_factor(gate_up_B, w_up.dtype, rank_dim=2) if makes_u_up else None
     if need_up_B:
-        grads[6], dB_up = _new_grad(run, given_up_B, num_experts, peft_B_by_expert)
+        grads[6], dB_up = _new_grad(run, gate_up_B, num_experts, peft_B_by_expert, stacks)
     if need_down_A:
-        grads[7], dA_down = _new_grad(run, given_down_A, num_experts, A_by_expert)
+        grads[7], dA_down = _new_grad(run, down_A, num_experts, A_by_expert, stacks)
     made = None
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
@@ -521,8 +538,8 @@ def _backward_body(
             u_up = _rank_products(run, dh, B_up, xa, routing, dB_up, fan_out=0, scaling=gate_up_scaling)
         elif dB_up is not None:
             run.gram(dh, xa, routing, dB_up, left_fan_out=0)
-    del B_up
-    A_up = None if u_up is None or not need_x else run.in_factor(gate_up_A, w_up.dtype, rank_dim=1)
+    _cast(run, stacks)
+    A_down = B_down = B_up = dB_up = dA_down = dB_down = None  # their memory is free for dX
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
@@ -531,10 +548,11 @@ def _backward_body(
         grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5], dA_up = _new_grad(run, given_up_A, num_experts, A_by_expert)
+        grads[5], dA_up = _new_grad(run, gate_up_A, num_experts, A_by_expert, stacks)
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
         run.gram(dropped, u_up, routing, dA_up.mT, left_fan_out=fan_out)
-        del dropped
+        del dropped, dA_up
+        _cast(run, stacks)
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
         z, expand = (u_up, A_up) if seed is None else (None, None)
@@ -768,16 +786,14 @@ def _linear_forward_body(
     num_slots = scattered_idxs.shape[0]
     choices = None if gates is None else gates.shape[1]
     gates = None if gates is None else gates.view(-1)
-    A, B = _by_expert(A, B, weight.shape[0], B_by_expert)
+    ((A, B),) = run.in_factors(weight.dtype, _by_expert(A, B, weight.shape[0], B_by_expert))
     routing = backend.scheduled(run, scattered_idxs, expert_offsets, (weight,))
     xa = gated_xa = expand = None
     if A is not None and B is not None:
-        factor = run.in_factor(A, weight.dtype, rank_dim=1)
         xa, gated_xa = _weighted_shrink(
-            run, x, factor.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
+            run, x, A.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
         )
-        del factor
-        expand = run.in_factor(B, weight.dtype, rank_dim=2).mT
+        expand = B.mT
     y = run.grouped_gemm(
         x,
         weight,
@@ -887,23 +903,28 @@ def _linear_backward_body(
     dout_fan_out = gates.shape[1] if gates is not None else 0 if grouped_out else 1
     gates = None if gates is None else gates.view(-1)
     num_experts, given_A, given_B = weight.shape[0], A, B
-    A, B = _by_expert(A, B, num_experts, B_by_expert)
     tile_rows = run.tile_rows(expert_offsets, scattered_idxs.shape[0], (weight,))
     routing = Routing(scattered_idxs, expert_offsets, tiles, tile_rows)
     need_x, need_w, need_bias, need_A, need_B, need_gates = needs
     grads: List[Any] = [None] * 7
+    A, B = _by_expert(A, B, num_experts, B_by_expert)
+    needs_dx = need_x or need_gates
+    ((A, B),) = run.in_factors(weight.dtype, (A if needs_dx else None, B if needs_dx or need_A else None))
 
-    u = dB = None
+    u = dA = dB = None
+    stacks: List[tuple[Tensor, Tensor]] = []
     if need_B:
-        grads[4], dB = _new_grad(run, given_B, num_experts, B_by_expert)
-    if A is not None and B is not None and (need_x or need_A or need_gates):
-        factor = run.in_factor(B, weight.dtype, rank_dim=2)
-        u = _rank_products(run, dout, factor, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
-        del factor
+        grads[4], dB = _new_grad(run, given_B, num_experts, B_by_expert, stacks)
+    if B is not None:
+        u = _rank_products(run, dout, B, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
     elif dB is not None:
         run.gram(dout, xa, routing, dB, left_fan_out=dout_fan_out)
-    if need_x or need_gates:
-        expand = None if A is None else run.in_factor(A, weight.dtype, rank_dim=1)
+    if need_A:
+        grads[3], dA = _new_grad(run, given_A, num_experts, A_by_expert, stacks)
+        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
+    _cast(run, stacks)
+    dA = dB = B = None  # their memory is free for dX
+    if needs_dx:
         dx = run.grouped_gemm(
             dout,
             weight.mT,
@@ -911,7 +932,7 @@ def _linear_backward_body(
             x_fan_out=dout_fan_out,
             out_scattered=gates is None and not grouped_in,
             z=u,
-            expand=expand,
+            expand=A,
             zero_tail=gates is None,
         )
         if gates is not None:
@@ -941,9 +962,6 @@ def _linear_backward_body(
     if need_bias:
         grads[2] = run.empty_like(bias)
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
-    if need_A:
-        grads[3], dA = _new_grad(run, given_A, num_experts, A_by_expert)
-        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
     return grads
 
 

@@ -255,15 +255,31 @@ def columns(tensor: Tensor, piece: slice) -> Tensor:
     return tensor[..., piece]
 
 
-def in_factor(factor: Tensor, dtype: torch.dtype, rank_dim: int) -> Tensor:
-    """An adapter factor ``[E, r, in]`` or ``[E, out, r]``, dense and in the base's dtype; itself if it is read so.
+def in_factors(
+    dtype: torch.dtype, *pairs: tuple[Tensor | None, Tensor | None]
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Factors ``A [E, r, in]`` and ``B [E, out, r]`` dense and in the base's dtype; those that are read so themselves.
 
-    ``rank_dim``, 1 or 2, is that of its ranks, which a backend may pad with zeros; all products of its result are then
-    as wide.
+    A backend may pad ranks with zeros; all products with a factor are then as wide.
     """
-    if is_read_as_it_is(factor, dtype):
-        return factor
-    return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+    def read(factor: Tensor | None) -> Tensor | None:
+        if factor is None or is_read_as_it_is(factor, dtype):
+            return factor
+        return factor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+    return [(read(A), read(B)) for A, B in pairs]
+
+
+def dense(out: Tensor) -> Tensor:
+    """What a gram had better write in place of ``out [E, M, N]``, to be `cast` into it: on the CPU itself."""
+    return out
+
+
+def cast(stacks: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Writes each ``out [E, M, N]`` from its ``x``, for what `dense` made."""
+    for x, out in stacks:
+        out.copy_(x)
 
 
 def route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

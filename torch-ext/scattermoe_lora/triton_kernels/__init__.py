@@ -5,7 +5,7 @@ Every ``tl.dot`` asks for ``ieee``: float32 operands then multiply as float32 (T
 """
 
 from .act import act_grad, act_grad_grams, activated, activated_grad
-from .cast import in_factor
+from .cast import cast, dense, in_factors
 from .combine import combine
 from .device import tile_rows
 from .dropout import dropout
@@ -21,15 +21,17 @@ __all__ = [
     "act_grad_grams",
     "activated",
     "activated_grad",
+    "cast",
     "columns",
     "combine",
+    "dense",
     "dropout",
     "empty",
     "empty_like",
     "gram",
     "grouped_gemm",
     "grouped_gemm_act",
-    "in_factor",
+    "in_factors",
     "replay",
     "route",
     "schedule",

@@ -20,7 +20,6 @@ from .. import tiles
 from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
-from .cast import dense
 from .device import HOPPER_ROWS, gpu, has_hopper_kernels
 from .gram import partial_sums
 from .launch import empty, launch
@@ -284,26 +283,25 @@ def act_grad_grams(
         if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
             chunk, partial_a = partial_sums(routing, out_a, right_a.shape[1], firsts=True)
             _, partial_h = partial_sums(routing, out_h, right_h.shape[1], firsts=True)
-            with dense(out_a) as stack_a, dense(out_h) as stack_h:
-                return hopper_act_grad.hopper_act_grad(
-                    g,
-                    h,
-                    routing,
-                    row_weights=row_weights,
-                    activation=constants(activation),
-                    is_concatenated=is_concatenated,
-                    dot_dtype=dot_dtype,
-                    out=out,
-                    right_a=right_a,
-                    out_a=stack_a,
-                    factor=factor,
-                    right_h=right_h,
-                    out_h=stack_h,
-                    scale=scale,
-                    chunk=chunk,
-                    partial_a=partial_a,
-                    partial_h=partial_h,
-                )
+            return hopper_act_grad.hopper_act_grad(
+                g,
+                h,
+                routing,
+                row_weights=row_weights,
+                activation=constants(activation),
+                is_concatenated=is_concatenated,
+                dot_dtype=dot_dtype,
+                out=out,
+                right_a=right_a,
+                out_a=out_a,
+                factor=factor,
+                right_h=right_h,
+                out_h=out_h,
+                scale=scale,
+                chunk=chunk,
+                partial_a=partial_a,
+                partial_h=partial_h,
+            )
     return None
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .cast import dense
 from .combine import MAX_BLOCK, combine
 from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
@@ -173,35 +172,20 @@ def gram(
     row_weights: Tensor | None = None,
 ) -> Tensor:
     """See `reference.gram`."""
-    with dense(out) as stack:
-        _gram(left, right, routing, stack, left_fan_out, right_fan_out, row_weights)
-    return out
-
-
-def _gram(
-    left: Tensor,
-    right: Tensor | None,
-    routing: Routing,
-    out: Tensor,
-    left_fan_out: int,
-    right_fan_out: int,
-    row_weights: Tensor | None,
-) -> None:
-    """`gram` into an ``out`` whose experts do not lie side by side."""
     _, P, Q = out.shape
     if out.numel() == 0:
-        return
+        return out
     halves = left.element_size() == out.element_size() == 2
     wide = min(P, Q) >= HOPPER_COLUMNS and row_weights is None and halves
     if right is not None and wide and has_hopper_kernels(gpu(left).architecture):
         from .hopper_gram import hopper_gram
 
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
-            return
+            return out
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
         _launch_narrow(narrow, left, right, routing, out, x_fan_out=left_fan_out)
-        return
+        return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
         left,
@@ -213,6 +197,7 @@ def _gram(
         right_fan_out=right_fan_out,
         row_weights=row_weights,
     )
+    return out
 
 
 def shrink_gram(
@@ -236,8 +221,7 @@ def shrink_gram(
     if narrow is not None:
         product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
         of_rows: dict[str, Any] = {"factor": factor, "product": product, "scale": scale}
-        with dense(out) as stack:
-            _launch_narrow(narrow, x, right, routing, stack, x_fan_out=x_fan_out, **of_rows)
+        _launch_narrow(narrow, x, right, routing, out, x_fan_out=x_fan_out, **of_rows)
         return product
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
@@ -246,8 +230,7 @@ def shrink_gram(
     product = empty(1, size, dtype=factor.dtype, device=factor.device)
     products = empty(tiles.cdiv(P, tile.block_m), size, dtype=torch.float32, device=x.device)
     both: dict[str, Any] = {"factor": factor, "products": products, "scale": scale}
-    with dense(out) as stack:
-        _launch(x, right, routing, stack, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
+    _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
     combine(products, None, product, fan_out=products.shape[0])
     return product[0, : num_slots * Q].view(num_slots, Q)
 

@@ -55,7 +55,12 @@ recording = _Recording()
 def _integer_classes(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Triton compiles for of each scalar: of an integer, whether 16 divides it, it is 1, it is long."""
     return tuple(
-        (s % 16 == 0) + 2 * (s == 1) + 4 * (s >= 2**31) if isinstance(s, int) else type(s).__name__ for s in scalars
+        (s % 16 == 0) + 2 * (s == 1) + 4 * (s >= 2**31)
+        if isinstance(s, int)
+        else _integer_classes(s)
+        if isinstance(s, tuple)
+        else type(s).__name__
+        for s in scalars
     )
 
 
@@ -63,7 +68,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int],
     operands: tuple[Operand, ...],
-    scalars: tuple[int | float, ...],
+    scalars: tuple[Any, ...],
     num_warps: int,
     num_stages: int,
     **constants: Any,
