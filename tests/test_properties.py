@@ -6,6 +6,7 @@ lies beside every strided argument and in all fresh memory, so what is read past
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -134,6 +135,7 @@ def test_moe_mlp(kernel, device, dtypes, poisoned_memory, data):
         frozen = frozen - {"hidden_states"}
     layouts = {name: draw(st.sampled_from(STRIDES), f"strides of {name}") for name in [*names, "top_k_index"]}
     expanded = draw(st.booleans(), "experts are one in memory")
+    of_peft = draw(st.booleans(), "adapters are PEFT's matrices")
     for other in cases:
         other.top_k_index = route(options["pattern"], T, E, k, case.top_k_index, seed)
         other.frozen = tuple(frozen)
@@ -153,8 +155,10 @@ def test_moe_mlp(kernel, device, dtypes, poisoned_memory, data):
         for name in ("gate_up", "down"):
             if r:
                 lora = arguments[f"{name}_lora"]
-                A, B = restride(lora.A, layouts[f"{name}_A"]), restride(lora.B, layouts[f"{name}_B"])
-                arguments[f"{name}_lora"] = kernel.ExpertLoRA(A, B, lora.scaling)
+                A, B = lora.to_peft() if of_peft else (lora.A, lora.B)
+                A, B = restride(A, layouts[f"{name}_A"]), restride(B, layouts[f"{name}_B"])
+                make = functools.partial(kernel.ExpertLoRA.from_peft, num_experts=E) if of_peft else kernel.ExpertLoRA
+                arguments[f"{name}_lora"] = make(A, B, scaling=lora.scaling)
         arguments["top_k_index"] = arguments["top_k_index"].to(ids)
         return kernel.moe_mlp(**arguments, expert_parallel=True)
 
