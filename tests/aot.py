@@ -400,7 +400,9 @@ def _last_line(text: str) -> str:
 
 
 def _labels(name: str, signature: dict, constants: dict, options) -> dict[str, str]:
-    blocks = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("EXPERTS", "GROUPS"))
+    sizes = (v for k, v in constants.items() if k.startswith("BLOCK") or k in ("EXPERTS", "GROUPS"))
+    # A cast has a block for each of its stacks.
+    blocks = "x".join("+".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in sizes)
     pointers = [kind for kind in signature.values() if str(kind).startswith("*")]
     pointer = next((kind for kind in pointers if kind in ("*bf16", "*fp16")), pointers[0])  # sums are in float32
     part = constants.get("PART") or ("chunked" if constants.get("CHUNKED") else None)

@@ -137,9 +137,12 @@ class Case:
                 A, B = arguments.pop(f"{projection}_A"), arguments.pop(f"{projection}_B")
                 lora = kernel.ExpertLoRA(A, B, scaling)
                 if self.of_peft and not reference:
-                    matrices = [matrix.detach().requires_grad_() for matrix in lora.to_peft()]
-                    leaves[f"{projection}_A"], leaves[f"{projection}_B"] = matrices
-                    lora = kernel.ExpertLoRA.from_peft(*matrices, self.E, scaling)
+                    A, B = (
+                        matrix.detach().requires_grad_(factor.requires_grad)
+                        for matrix, factor in zip(lora.to_peft(), (A, B), strict=True)
+                    )
+                    leaves[f"{projection}_A"], leaves[f"{projection}_B"] = A, B
+                    lora = kernel.ExpertLoRA.from_peft(A, B, self.E, scaling)
                 arguments[f"{projection}_lora"] = lora
         arguments |= {
             "top_k_index": self.top_k_index.to(where),
@@ -156,10 +159,11 @@ class Case:
         out = function(**arguments)
         out.backward(self.grad.to(out.device, out.dtype))
         grads = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        for projection in ("gate_up", "down") if self.of_peft and not reference else ():
-            A, B = f"d {projection}_A", f"d {projection}_B"
-            by_expert = kernel.ExpertLoRA.from_peft(grads[A], grads[B], self.E, 1.0)
-            grads[A], grads[B] = by_expert.A, by_expert.B
+        for name in grads if self.of_peft and not reference else ():
+            if name.endswith("_A"):
+                grads[name] = grads[name].view(self.E, self.r, -1)
+            elif name.endswith("_B"):
+                grads[name] = grads[name].view(-1, self.r, self.E).permute(2, 0, 1)
         return {"output": out.detach(), **grads}
 
     def check(self, kernel: ModuleType, device: torch.device, bound: float | None = None) -> dict[str, Tensor]:

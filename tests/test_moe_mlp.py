@@ -232,10 +232,11 @@ def test_weights_are_never_copied(kernel):
 
 
 @every_device
+@pytest.mark.parametrize("of_peft", [False, True])
 @pytest.mark.parametrize("frozen_input", [True, False])
-def test_each_gradient_alone(kernel, device, frozen_input):
+def test_each_gradient_alone(kernel, device, frozen_input, of_peft):
     """Any subset of gradients may be asked for; each is what it is when all are."""
-    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True)
+    case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32, has_bias=True, of_peft=of_peft)
     every = case.run(kernel, kernel.moe_mlp, device, reference=False)
     for name in case.tensors:
         case.frozen = [other for other in case.tensors if other != name]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import triton
 from conftest import inner
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-GRID, STREAM, TAIL = (3, 2), 7, (5, 0.5, "silu", True)
+GRID, STREAM, TAIL = (3, 2), 7, (5, 0.5, (1, 2**40), "silu", (4, 8))
 TENSOR = {"swizzle": 3, "elem_size": 2, "elem_type": 12, "block_size": [8, 8], "fp4_padded": False}
 SIGNATURES = {
     "tensors": (["*bf16", "*bf16"], None),
@@ -36,7 +39,7 @@ class Launch:
         run.global_scratch_align = run.profile_scratch_align = 1
         if hasattr(nvidia, "make_kernel_signature"):  # Triton 3.7 and later
             run.arg_annotations, run.kernel_signature, run.gsan_enabled = ["annotations"], b"signature", False
-        signature = dict(enumerate([*operand_types, "i32", "fp32", "constexpr", "constexpr"]))
+        signature = dict(enumerate([*operand_types, "i32", "fp32", ("constexpr", "i64"), "constexpr", "constexpr"]))
         run.launch = nvidia.wrap_handle_tensordesc(self._catch, signature, tensordesc_meta)
         metadata = types.SimpleNamespace(tensordesc_meta=tensordesc_meta)
         self.compiled = types.SimpleNamespace(run=run, function=11, packed_metadata=(4, 1, 99), metadata=metadata)
@@ -130,3 +133,23 @@ def test_what_is_not_known_is_left_to_triton(starter, encoded, asked, change, mo
     starter(launch.compiled, GRID, launch.operands, TAIL)(STREAM, launch.pointers())
     assert launch.caught == [want]
     assert len(asked) == 2
+
+
+@triton.jit
+def _two_scalars(first, second):
+    pass
+
+
+@pytest.mark.parametrize("arrange", [lambda a, b: (a, b), lambda a, b: (a, (b, 3)), lambda a, b: ((a, (b,)), 1)])
+@pytest.mark.parametrize("backend", [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)], ids=lambda t: t.arch)
+def test_what_triton_compiles_for_follows_from_the_class(kernel, monkeypatch, arrange, backend):
+    """A binary is kept by its scalars' classes: scalars of equal classes, in tuples too, have the same one."""
+    monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_target=lambda: backend))
+    classes = inner(kernel, "triton_kernels.launch")._integer_classes
+    *_, bind = _two_scalars.create_binder()
+    binaries: dict[tuple, Any] = {}
+    values = (0, 1, 2, 16, 40, 48, 2**31 - 1, 2**31, 2**31 + 5, 2**40, 0.5)
+    for scalars in itertools.starmap(arrange, itertools.product(values, values)):
+        _, binary, _ = bind(*scalars, debug=False)
+        assert binaries.setdefault(classes(scalars), binary) == binary, scalars
+    assert len(binaries) > 20

@@ -34,26 +34,26 @@ def _by_expert(
 
 
 def _new_grad(
+    run: ModuleType, factor: Optional[Tensor], num_experts: int, by_expert: Callable[[Tensor, int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A gradient like the factor as it was given, and a view of it by expert, to be written."""
+    grad = run.empty_like(factor)
+    return grad, by_expert(grad, num_experts)
+
+
+def _new_grad_of_B(
     run: ModuleType,
-    factor: Optional[Tensor],
+    B: Optional[Tensor],
     num_experts: int,
     by_expert: Callable[[Tensor, int], Tensor],
     stacks: List[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """A gradient like the factor as it was given, and what is to be written by expert: a view of it or, added with
-    that to the ``stacks`` to be cast, a dense one."""
-    grad = run.empty_like(factor)
-    view = by_expert(grad, num_experts)
+    """The same of B, where what is to be written may be a dense stack, which is then one of the ``stacks`` to cast."""
+    grad, view = _new_grad(run, B, num_experts, by_expert)
     stack = run.dense(view)
     if stack is not view:
         stacks.append((stack, view))
     return grad, stack
-
-
-def _cast(run: ModuleType, stacks: List[tuple[Tensor, Tensor]]) -> None:
-    """Casts the stacks of `_new_grad` that were written, and lets go of them."""
-    run.cast(stacks)
-    stacks.clear()
 
 
 def _schema_list(outputs: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
@@ -200,7 +200,7 @@ def _forward_body(
             run, dropped, A_down.mT, routing, weights if save else None, x_fan_out=0, scale=down_scaling
         )
         del dropped
-        expand = B_down.mT
+        expand, A_down = B_down.mT, None
     out = run.empty(num_tokens, w_down.shape[2], dtype=out_dtype, device=x.device)
     _gemm_combine(
         run,
@@ -474,12 +474,8 @@ def _backward_body(
     u_down = None
     if A_down is not None and B_down is not None:
         if need_down_B:
-            grads[8], dB_down = _new_grad(run, down_B, num_experts, peft_B_by_expert, stacks)
+            grads[8], dB_down = _new_grad_of_B(run, down_B, num_experts, peft_B_by_expert, stacks)
         u_down = _rank_products(run, dout, B_down, waa, routing, dB_down, fan_out=fan_out, scaling=down_scaling)
-    if need_up_B:
-        grads[6], dB_up = _new_grad(run, gate_up_B, num_experts, peft_B_by_expert, stacks)
-    if need_down_A:
-        grads[7], dA_down = _new_grad(run, down_A, num_experts, A_by_expert, stacks)
     made = None
     if need_dh or need_a or need_weights:
         if seed is None or A_down is None:
@@ -489,6 +485,10 @@ def _backward_body(
             update = run.grouped_gemm(u_down, A_down, routing, x_fan_out=0)
             _drop_activation(run, update, seed, lora_dropout, routing, out=a)
             del update
+        if need_up_B:
+            grads[6], dB_up = _new_grad_of_B(run, gate_up_B, num_experts, peft_B_by_expert, stacks)
+        if need_down_A:
+            grads[7], dA_down = _new_grad(run, down_A, num_experts, A_by_expert)
         of_activation: dict[str, Any] = {
             "row_weights": weights,
             "activation": activation,
@@ -538,8 +538,9 @@ def _backward_body(
             u_up = _rank_products(run, dh, B_up, xa, routing, dB_up, fan_out=0, scaling=gate_up_scaling)
         elif dB_up is not None:
             run.gram(dh, xa, routing, dB_up, left_fan_out=0)
-    _cast(run, stacks)
-    A_down = B_down = B_up = dB_up = dA_down = dB_down = None  # their memory is free for dX
+    run.cast(stacks)
+    A_down = B_down = B_up = dB_up = dB_down = None  # their memory is free for dX
+    stacks.clear()
     if need_up:
         grads[1] = run.empty_like(gate_up_proj)
         dw = grads[1] if is_transposed else grads[1].mT
@@ -548,11 +549,10 @@ def _backward_body(
         grads[3] = run.empty_like(gate_up_proj_bias)
         run.gram(dh, None, routing, grads[3][:, :, None], left_fan_out=0)
     if need_up_A:
-        grads[5], dA_up = _new_grad(run, gate_up_A, num_experts, A_by_expert, stacks)
+        grads[5], dA_up = _new_grad(run, gate_up_A, num_experts, A_by_expert)
         dropped = x if seed is None else run.dropout(x, seed, p=lora_dropout, stream=DROPPED_INPUT)
         run.gram(dropped, u_up, routing, dA_up.mT, left_fan_out=fan_out)
-        del dropped, dA_up
-        _cast(run, stacks)
+        del dropped
     if need_x:
         grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
         z, expand = (u_up, A_up) if seed is None else (None, None)
@@ -793,7 +793,7 @@ def _linear_forward_body(
         xa, gated_xa = _weighted_shrink(
             run, x, A.mT, routing, gates if save else None, x_fan_out=x_fan_out, scale=scaling
         )
-        expand = B.mT
+        expand, A = B.mT, None
     y = run.grouped_gemm(
         x,
         weight,
@@ -911,19 +911,17 @@ def _linear_backward_body(
     needs_dx = need_x or need_gates
     ((A, B),) = run.in_factors(weight.dtype, (A if needs_dx else None, B if needs_dx or need_A else None))
 
-    u = dA = dB = None
+    u = dB = None
     stacks: List[tuple[Tensor, Tensor]] = []
     if need_B:
-        grads[4], dB = _new_grad(run, given_B, num_experts, B_by_expert, stacks)
+        grads[4], dB = _new_grad_of_B(run, given_B, num_experts, B_by_expert, stacks)
     if B is not None:
         u = _rank_products(run, dout, B, xa, routing, dB, fan_out=dout_fan_out, scaling=scaling)
     elif dB is not None:
         run.gram(dout, xa, routing, dB, left_fan_out=dout_fan_out)
-    if need_A:
-        grads[3], dA = _new_grad(run, given_A, num_experts, A_by_expert, stacks)
-        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
-    _cast(run, stacks)
-    dA = dB = B = None  # their memory is free for dX
+    run.cast(stacks)
+    B = dB = None  # their memory is free for dX
+    stacks.clear()
     if needs_dx:
         dx = run.grouped_gemm(
             dout,
@@ -956,12 +954,16 @@ def _linear_backward_body(
             if x_fan_out > 1:
                 grads[0] = run.empty(*x.shape, dtype=dx_dtype, device=x.device)
                 run.combine(dx, None, grads[0], fan_out=k)
+        del dx
     if need_w:
         grads[1] = run.empty_like(weight)
         run.gram(x, dout, routing, grads[1], left_fan_out=x_fan_out, right_fan_out=dout_fan_out, row_weights=gates)
     if need_bias:
         grads[2] = run.empty_like(bias)
         run.gram(dout, None, routing, grads[2][:, :, None], left_fan_out=dout_fan_out, row_weights=gates)
+    if need_A:
+        grads[3], dA = _new_grad(run, given_A, num_experts, A_by_expert)
+        run.gram(x, u, routing, dA.mT, left_fan_out=x_fan_out, row_weights=gates)
     return grads
 
 

@@ -258,9 +258,10 @@ def columns(tensor: Tensor, piece: slice) -> Tensor:
 def in_factors(
     dtype: torch.dtype, *pairs: tuple[Tensor | None, Tensor | None]
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Factors ``A [E, r, in]`` and ``B [E, out, r]`` dense and in the base's dtype; those that are read so themselves.
+    """Factors ``A [E, r, in]`` and ``B [E, out, r]``, dense and in the base's dtype.
 
-    A backend may pad ranks with zeros; all products with a factor are then as wide.
+    One that is read as it is is returned itself. A backend may pad ranks with zeros; all products with a factor are then
+    as wide.
     """
 
     def read(factor: Tensor | None) -> Tensor | None:
@@ -272,12 +273,15 @@ def in_factors(
 
 
 def dense(out: Tensor) -> Tensor:
-    """What a gram had better write in place of ``out [E, M, N]``, to be `cast` into it: on the CPU itself."""
+    """What had better be written in place of a gradient ``out [E, out, r]`` of B, to be `cast` into it.
+
+    A backend may prefer a dense stack; on the CPU it is ``out``.
+    """
     return out
 
 
 def cast(stacks: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Writes each ``out [E, M, N]`` from its ``x``, for what `dense` made."""
+    """Writes each ``(x, out)``'s ``out`` from its ``x``, ``[E, M, N]`` both, for what `dense` made."""
     for x, out in stacks:
         out.copy_(x)
 

@@ -20,11 +20,9 @@ from .launch import empty, launch
 
 # Elements of a program's block, and experts of it where they lie side by side: 128 bytes of PEFT's float32.
 ELEMENTS, EXPERTS = 4096, 32
-# Columns up to which a stack is an adapter's. A wider one is of base weights: a second one of it would take as much
-# memory as the weights.
-WIDEST = 512
-# Stacks of a launch: two factors of two projections.
+# Stacks of a launch: two factors of two projections. What the kernel is given in place of one: sizes, and a block.
 STACKS = 4
+NO_SIZES, NO_BLOCK = (0,) * 10, (1, 1, 1)
 
 Factor: TypeAlias = Tensor | None
 
@@ -108,37 +106,41 @@ def in_factors(dtype: torch.dtype, *pairs: tuple[Factor, Factor]) -> list[tuple[
 def dense(out: Tensor) -> Tensor:
     """See `reference.dense`.
 
-    A gram has one expert's sums at a time, and where experts lie side by side each element is a write of 32 bytes. On
-    an H200 the two passes that make PEFT's gradients of B took 103 and 196 us so, 48 and 157 densely (8192 tokens; 69
-    and 60, 12 and 26 with 512), and casting each takes 5 to 8.
+    A dense stack where experts lie side by side. A gram has one expert's sums at a time, and each of their elements
+    would be a write of 32 bytes. On an H200 the two passes that make PEFT's gradients of B took 103 and 196 us so, 48
+    and 157 densely (8192 tokens; 69 and 60, 12 and 26 with 512), and casting each takes 5 to 8.
     """
-    if out.shape[2] > WIDEST or not has_experts_side_by_side(out):
-        return out
-    return empty(*out.shape, dtype=out.dtype, device=out.device)
+    return empty(*out.shape, dtype=out.dtype, device=out.device) if has_experts_side_by_side(out) else out
 
 
 def cast(stacks: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """``out[:, :M, :N] = x``, zeros elsewhere, of each ``(x, out)``: ``[E, M, N]`` of any strides and as many experts'
-    matrices."""
+    """``out[:, :M, :N] = x``, zeros elsewhere, of each ``(x, out)``: see `reference.cast`.
+
+    ``x`` is ``[E, M, N]``, ``out`` may have more rows and columns; strides are any, E is the same in all stacks.
+    """
     stacks = [(x, out) for x, out in stacks if out.numel()]
     for first in range(0, len(stacks), STACKS):
         some = stacks[first : first + STACKS]
         num_experts = some[0][0].shape[0]
+        operands: list[Tensor | None] = []
+        sizes, blocks, programs = [], [], 0
+        for x, out in some:
+            block_e, block_m, block_n = _block(x, out)
+            operands += (x, out)
+            sizes.append((*x.shape[1:], *out.shape[1:], *x.stride(), *out.stride()))
+            blocks.append((block_e, block_m, block_n))
+            expert_blocks = tiles.cdiv(num_experts, block_e)
+            programs += expert_blocks * tiles.cdiv(out.shape[1], block_m) * tiles.cdiv(out.shape[2], block_n)
         absent = STACKS - len(some)
-        blocks = [_block(x, out) for x, out in some]
-        programs = sum(
-            tiles.cdiv(num_experts, block[0]) * tiles.cdiv(out.shape[1], block[1]) * tiles.cdiv(out.shape[2], block[2])
-            for (_, out), block in zip(some, blocks, strict=True)
-        )
-        sizes = [(*x.shape[1:], *out.shape[1:], *x.stride(), *out.stride()) for x, out in some]
+        blocks += [NO_BLOCK] * absent
         launch(
             _cast_kernel,
             (programs, 1),
-            (*(tensor for stack in some for tensor in stack), *(None, None) * absent),
-            (num_experts, *sizes, *((0,) * len(sizes[0]),) * absent),
+            (*operands, *(None, None) * absent),
+            (num_experts, *sizes, *(NO_SIZES,) * absent),
             4,
             1,
-            **{f"BLOCK{i}": block for i, block in enumerate((*blocks, *((1, 1, 1),) * absent))},
+            **{f"BLOCK{i}": block for i, block in enumerate(blocks)},
         )
 
 

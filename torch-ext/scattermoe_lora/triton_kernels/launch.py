@@ -53,7 +53,10 @@ recording = _Recording()
 
 @functools.lru_cache(maxsize=8192)
 def _integer_classes(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Triton compiles for of each scalar: of an integer, whether 16 divides it, it is 1, it is long."""
+    """What Triton compiles for of each scalar: of an integer, whether 16 divides it, it is 1, it is long.
+
+    Of a tuple of scalars, of each of its own.
+    """
     return tuple(
         (s % 16 == 0) + 2 * (s == 1) + 4 * (s >= 2**31)
         if isinstance(s, int)
@@ -75,8 +78,8 @@ def launch(
 ) -> None:
     """``kernel[grid](*operands, *scalars, **constants)`` on the device of the first tensor, whatever is current.
 
-    ``constants`` are the kernel's ``tl.constexpr`` parameters, in order. The hooks that Triton calls around a launch
-    are not called.
+    Scalars are numbers or tuples of them, ``constants`` the kernel's ``tl.constexpr`` parameters, in order. The hooks
+    that Triton calls around a launch are not called.
     """
     device: torch.device | None = None
     key: list[Any] = [id(kernel), num_warps, num_stages, _integer_classes(scalars), *constants.values()]
