@@ -260,8 +260,7 @@ def in_factors(
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Factors ``A [E, r, in]`` and ``B [E, out, r]``, dense and in the base's dtype.
 
-    One that is read as it is is returned itself. A backend may pad ranks with zeros; all products with a factor are then
-    as wide.
+    One that is read as it is, is itself. A backend may pad ranks with zeros, and all products are then as wide.
     """
 
     def read(factor: Tensor | None) -> Tensor | None:
