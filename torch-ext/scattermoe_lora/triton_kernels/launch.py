@@ -71,7 +71,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, int],
     operands: tuple[Operand, ...],
-    scalars: tuple[Any, ...],
+    scalars: tuple[int | float | tuple[int, ...], ...],
     num_warps: int,
     num_stages: int,
     **constants: Any,
