@@ -145,13 +145,13 @@ NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 48, 8, 2048, 768
 class _Tensors:
     """Uninitialised tensors of one case: what nothing reads costs nothing."""
 
-    def __init__(self, kernel: types.ModuleType, case: Case):
+    def __init__(self, kernel: types.ModuleType, case: Case, hidden: int = HIDDEN):
         import torch
 
         self.kernel, self.torch, self.rank = kernel, torch, case.rank
         self.dtype = getattr(torch, case.dtype)
         self.num_tokens = NUM_EXPERTS * case.rows // TOP_K
-        self.x = self(self.num_tokens, HIDDEN)
+        self.x = self(self.num_tokens, hidden)
         self.ids = torch.zeros(self.num_tokens, TOP_K, dtype=torch.int64)
 
     def __call__(self, *shape: int, dtype=None, trains: bool = True):
@@ -280,8 +280,25 @@ def _crowd(kernel: types.ModuleType, case: Case) -> None:
         kernel.parallel_linear(x, weight, 1, *order)
 
 
+def _deep(kernel: types.ModuleType, case: Case) -> None:
+    """GLM-4.5-Air's sizes, whose products are deep enough that Hopper's tiles are dealt out."""
+    hidden, intermediate = 4096, 1408
+    t = _Tensors(kernel, case, hidden)
+    t.step(
+        kernel.moe_mlp,
+        t.x,
+        t(NUM_EXPERTS, 2 * intermediate, hidden, trains=False),
+        t(NUM_EXPERTS, hidden, intermediate, trains=False),
+        t.ids,
+        t(t.num_tokens, TOP_K),
+        gate_up_lora=t.lora(hidden, 2 * intermediate),
+        down_lora=t.lora(intermediate, hidden),
+    )
+
+
 LAYERS = {
     "gated": _gated,
+    "deep": _deep,
     "dropped": _dropped,
     "transposed": _transposed,
     "halves": _halves,
@@ -300,6 +317,7 @@ ALL_CASES = [
     Case("transposed", 128, "bfloat16", 16),  # gate and up of a unit next to one another, by Hopper's act_grad
     *(Case(layer, rows, "bfloat16", 64) for layer in ("transposed", "ungated", "linear") for rows in (8, 64, 128)),
     Case("halves", 128, "bfloat16", 16),
+    Case("deep", 512, "bfloat16", 16),
     Case("crowd", 8, "bfloat16", 16),
     *(Case("dropped", rows, "bfloat16", 16) for rows in (8, 128)),
     *(Case("gated", rows, "float32", 16) for rows in (8, 128)),

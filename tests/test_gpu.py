@@ -101,6 +101,14 @@ HOPPER = {
     "rank 64": {"r": 64, "frozen": BASE},
     "rank 48": {"r": 48, "H": 272, "I": 264, "k": 1},
     "rank 200": {"r": 200, "frozen": BASE},
+    "tiles dealt out": {"H": 2816, "T": 2200, "frozen": BASE},
+    "tiles dealt out, gpt-oss": {
+        "H": 2880,
+        "T": 2200,
+        "is_transposed": True,
+        "is_concatenated": False,
+        "has_bias": True,
+    },
     "no gate": {"has_gate": False, "activation": "relu2"},
     "gelu": {"activation": "gelu", "has_bias": True},
     "all of the activation's gradient in one pass": {"I": 384, "frozen": BASE, "adapter_dtype": torch.float32},
@@ -148,8 +156,10 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
     used, narrow = {}, set()
-    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad"):
-        module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad", "deal"):
+        # A product's tiles are dealt out where it is launched.
+        home = "hopper_gemm" if name == "deal" else name
+        module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{home}")
         answers, original = used.setdefault(name, []), getattr(module, name)
 
         def call(*args, name=name, answers=answers, original=original, **layout):
@@ -165,6 +175,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     with torch.no_grad():  # nothing but the activation is stored, and there are as many programs as the GPU runs
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
+    assert bool(used["deal"]) == (case.H > 2560)
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
     in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
     in_one_pass &= case.I % 128 == 0 if case.is_concatenated else case.r <= 16
@@ -186,8 +197,9 @@ def test_hopper_kernels(kernel, options, monkeypatch):
 
 
 @needs_hopper
+@pytest.mark.parametrize("dealt", [False, True], ids=["in turn", "dealt out"])
 @pytest.mark.parametrize("all_are", [False, True], ids=["some", "all"])
-def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, monkeypatch):
+def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monkeypatch):
     """`parallel_linear`'s rows of no expert are zeros, grouped or scattered, whatever was in that memory."""
     E, T, k, H, N, r = 5, 700, 2, 320, 336, 16
     options = {"device": "cuda", "dtype": torch.bfloat16}
@@ -211,6 +223,7 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, monkeypatch
     inner(kernel, "triton_kernels.replay")._programs.clear()
     module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_gemm")
     original, cleared = module.hopper_gemm, []
+    monkeypatch.setattr(module, "DEEP", 0 if dealt else 10**6)
 
     def call(*args, **layout):
         computed = original(*args, **layout)

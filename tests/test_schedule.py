@@ -50,6 +50,54 @@ def test_no_program_has_all_the_long_tiles(kernel, height, programs):
     assert 0.5 < share.min() and share.max() < 1.5, "a program has its share of the short tiles"
 
 
+def _is_short(tile) -> bool:
+    return tile[2] - tile[1] <= ROWS // 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("programs", [1, 2, 5, 12, 40])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [70, 41, 5, 0, 64, 33, 56, 9, 57, 80, 0, 8, 72, 16],
+        [300, 264, 0, 1, 520, 256, 7],  # more tiles than a group has
+        [3, 8, 1, 0, 5, 2, 4, 8],  # short ones alone
+        [16, 32, 64, 16],  # none
+        [0, 0, 0],
+    ],
+    ids=["few", "many", "short", "whole", "empty"],
+)
+@pytest.mark.parametrize("column_tiles", [1, 3, 6])
+def test_short_tiles_go_round(kernel, column_tiles, programs, rows):
+    """Each tile is dealt out once, others than short ones in their order, and short ones in turn: at the end of every
+    round no program has had more than one of them more than another, and as many are dealt out as were to come."""
+    deal = inner(kernel, "triton_kernels.deal").deal
+    offsets = torch.tensor(rows).cumsum(0)
+    num_slots = int(offsets[-1]) + 11  # 11 of no expert
+    schedule = torch.empty(1, 4, dtype=torch.int32)
+    routing = inner(kernel, "types").Routing(torch.empty(num_slots), offsets, schedule, ROWS)
+    dealt = deal(routing, column_tiles, programs, group_m=4)
+
+    expected = [
+        [expert, first + (group + row) * ROWS, first + num_rows, column]
+        for expert, (num_rows, first) in enumerate(zip(rows, [0, *offsets.tolist()], strict=False))
+        for group in range(0, -(-num_rows // ROWS), 4)
+        for column in range(column_tiles)
+        for row in range(min(4, -(-num_rows // ROWS) - group))
+    ]
+    tiles = dealt[1:][: len(expected)].tolist()
+    assert sorted(tiles) == sorted(expected)
+    assert [tile for tile in tiles if not _is_short(tile)] == [tile for tile in expected if not _is_short(tile)]
+    if not expected:
+        assert dealt[1].tolist() == [len(rows), 0, 0, 0]
+    had = [0] * programs
+    for first in range(0, len(expected) - programs + 1, programs):
+        for program, tile in enumerate(tiles[first : first + programs]):
+            had[program] += _is_short(tile)
+        assert max(had) - min(had) <= 1
+        assert sum(had) == sum(map(_is_short, expected[: first + programs]))
+
+
 @pytest.mark.interpreter
 def test_totals_of_chunks_and_of_tiles(kernel, monkeypatch):
     """What is in parts is added up where it belongs, and nothing else is written."""
