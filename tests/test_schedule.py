@@ -55,7 +55,7 @@ def _is_short(tile) -> bool:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("programs", [1, 2, 5, 12, 40])
+@pytest.mark.parametrize("programs", [1, 5, 132])
 @pytest.mark.parametrize(
     "rows",
     [
@@ -64,13 +64,14 @@ def _is_short(tile) -> bool:
         [3, 8, 1, 0, 5, 2, 4, 8],  # short ones alone
         [16, 32, 64, 16],  # none
         [0, 0, 0],
+        [2999],
     ],
-    ids=["few", "many", "short", "whole", "empty"],
+    ids=["few", "many", "short", "whole", "empty", "one expert"],
 )
 @pytest.mark.parametrize("column_tiles", [1, 3, 6])
 def test_short_tiles_go_round(kernel, column_tiles, programs, rows):
-    """Each tile is dealt out once, others than short ones in their order, and short ones in turn: at the end of every
-    round no program has had more than one of them more than another, and as many are dealt out as were to come."""
+    """Each tile is dealt out once, others than short ones in their order, short ones in turn: after each full round no
+    program has had more than one of them more than another, and as many are dealt out as were to come."""
     deal = inner(kernel, "triton_kernels.deal").deal
     offsets = torch.tensor(rows).cumsum(0)
     num_slots = int(offsets[-1]) + 11  # 11 of no expert

@@ -1,4 +1,4 @@
-"""Deals a product's tiles to its programs, so that all have had as many short ones at any time.
+"""Deals a product's tiles to its programs, so that after each full round all have had as many short ones, or one more.
 
 A tile is short if an expert's last rows leave its second half empty; it takes 0.84 of a full one's time. Where tiles
 are simply taken in turn, programs that read the same weights drift apart by chance, until L2 no longer holds what one
@@ -52,7 +52,7 @@ def _deal_kernel(
     """dealt[1 + n * programs + p] = the n-th tile of program p: (expert, first row, end of its rows, column tile).
 
     A round's tiles follow one another in the order of `tile_of_entry`. The short ones go to programs in turn, from one
-    round to the next; the others, in their order, to the other programs.
+    full round to the next; the others, in their order, to the other programs.
     """
     e = tl.arange(0, GROUPS)
     inside = e < num_experts
@@ -61,16 +61,16 @@ def _deal_kernel(
     height, short = _heights(tl.where(inside, end - start, 0), BLOCK_M)
     ends = tl.cumsum(height, axis=0) * num_column_tiles
     first = tl.program_id(0) * programs
-    size = tl.minimum(programs, tl.sum(height) * num_column_tiles - first)
-    if (size > 0) | (first == 0):
-        size = tl.maximum(size, 1)  # of no rows at all one tile without any: programs look one up, if only to be done
+    # At least one, of no rows if there are none: every program looks one up, if only to be done.
+    size = tl.minimum(programs, tl.maximum(tl.sum(height) * num_column_tiles, 1) - first)
+    if size > 0:
         short_first = _short_before(first, ends, height, short, num_column_tiles, GROUP_M)
         num_short = _short_before(first + size, ends, height, short, num_column_tiles, GROUP_M) - short_first
         p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         turn = short_first % size
         of_short = (p - turn + size) % size
         is_short = of_short < num_short
-        # Programs with a short tile before one that has none: these go on from the last program to the first.
+        # Programs before p with a short tile: ``num_short`` have one from ``turn`` on, and after the last the first.
         wrapped = turn + num_short - size
         skipped = tl.where(wrapped > 0, wrapped, tl.where(p < turn, 0, num_short))
         number = tl.where(is_short, short_first + of_short, first - short_first + p - skipped)
@@ -97,7 +97,8 @@ def _deal_kernel(
 def deal(routing: Routing, num_column_tiles: int, programs: int, group_m: int) -> Tensor:
     """int32 ``[1 + n, 4]``: after a row that means nothing, the tile of each program in each of its rounds.
 
-    As many tiles as `Routing.tiles` says the experts have, for each column tile; what follows them is not written.
+    As many tiles as `Routing.tiles` says the experts have, for each column tile, and one without rows where they have
+    none; what follows is not written.
     """
     num_experts = routing.num_experts
     num_tiles = tiles.num_row_tiles(routing.num_slots, num_experts, routing.tile_rows) * num_column_tiles

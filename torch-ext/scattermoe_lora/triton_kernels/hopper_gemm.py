@@ -54,7 +54,8 @@ ROW_COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
 
 # Products at least so deep, of so many rows an expert on the mean if no deeper, have their tiles dealt out. On an H100
 # GLM-4.5-Air's gradients, 2816 and 4096 deep, then took 7 and 8 % less at 512 rows an expert, but with 256 of them as
-# long, and Qwen3-30B-A3B's up product, 2048 deep, 2 % more at 512.
+# long, and Qwen3-30B-A3B's up product, 2048 deep, 2 % more at 512. Rows of no expert count as well: the host knows no
+# better.
 DEEP, MANY_ROWS = 2560, 480
 
 
@@ -104,7 +105,7 @@ def _entry(tiles_ptr, dealt_ptr, tile, num_column_tiles):
 
 
 @gluon.jit
-def _tile(dealt_ptr, entry, tile, num_column_tiles, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr):
+def _tile_of(dealt_ptr, entry, tile, num_column_tiles, BLOCK_M: gl.constexpr, GROUP_M: gl.constexpr):
     """``(expert, first row, end of the expert's rows, column tile)`` of a tile with this entry."""
     if dealt_ptr is None:
         return tile_of_entry(entry, tile, num_column_tiles, BLOCK_M, GROUP_M)
@@ -119,7 +120,7 @@ def _first_tile(tiles_ptr, dealt_ptr, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.cons
     end_tile = gl.load(tiles_ptr) * num_column_tiles
     first = gl.minimum(gl.program_id(0), gl.maximum(end_tile - 1, 0))
     entry = _entry(tiles_ptr, dealt_ptr, first, num_column_tiles)
-    expert, first_row, end, column_tile = _tile(dealt_ptr, entry, first, num_column_tiles, BLOCK_M, GROUP_M)
+    expert, first_row, end, column_tile = _tile_of(dealt_ptr, entry, first, num_column_tiles, BLOCK_M, GROUP_M)
     return num_column_tiles, end_tile, expert, first_row, end, column_tile
 
 
@@ -191,7 +192,7 @@ def _load_blocks(
                 load_block(x, [first_row, k], barrier, a_ring.index(2 * stage))
                 load_block(x, [first_row + HALF, k], barrier, a_ring.index(2 * stage + 1), pred=both)
             stage, phase = next_stage(stage, phase, STAGES)
-        next_expert, next_row, next_end, column_tile = _tile(
+        next_expert, next_row, next_end, column_tile = _tile_of(
             dealt_ptr, entry, following, num_column_tiles, BLOCK_M, GROUP_M
         )
         if GATHERED:
@@ -246,7 +247,9 @@ def _load_rows(
                     )  # fmt: skip
                 rows_arrive(full.index(stage), increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
-            _expert, first_row, end, _column = _tile(dealt_ptr, entry, following, num_column_tiles, BLOCK_M, GROUP_M)
+            _expert, first_row, end, _column = _tile_of(
+                dealt_ptr, entry, following, num_column_tiles, BLOCK_M, GROUP_M
+            )
             slots = _slots(scattered_ptr, first_row + row, end)
             for _step in gl.static_range(LORA_STEPS):
                 mbarrier.wait(empty.index(stage), phase)
