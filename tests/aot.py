@@ -178,19 +178,25 @@ def _order(kernel: types.ModuleType, ids, num_experts: int):
     return kernel.reference.route(ids.reshape(-1), num_experts)
 
 
-def _gated(kernel: types.ModuleType, case: Case, lora_dropout: float = 0.0) -> None:
+def _gated(
+    kernel: types.ModuleType,
+    case: Case,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    lora_dropout: float = 0.0,
+) -> None:
     """Qwen3, Mixtral, GLM: weights of transformers, frozen; PEFT's float32 adapters; float32 routing weights."""
-    t = _Tensors(kernel, case)
+    t = _Tensors(kernel, case, hidden)
     f32 = t.torch.float32
     t.step(
         kernel.moe_mlp,
         t.x,
-        t(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, trains=False),
-        t(NUM_EXPERTS, HIDDEN, INTERMEDIATE, trains=False),
+        t(NUM_EXPERTS, 2 * intermediate, hidden, trains=False),
+        t(NUM_EXPERTS, hidden, intermediate, trains=False),
         t.ids,
         t(t.num_tokens, TOP_K, dtype=f32),
-        gate_up_lora=t.lora(HIDDEN, 2 * INTERMEDIATE, f32),
-        down_lora=t.lora(INTERMEDIATE, HIDDEN, f32),
+        gate_up_lora=t.lora(hidden, 2 * intermediate, f32),
+        down_lora=t.lora(intermediate, hidden, f32),
         lora_dropout=lora_dropout,
     )
 
@@ -282,18 +288,7 @@ def _crowd(kernel: types.ModuleType, case: Case) -> None:
 
 def _deep(kernel: types.ModuleType, case: Case) -> None:
     """GLM-4.5-Air's sizes, whose products are deep enough that Hopper's tiles are dealt out."""
-    hidden, intermediate = 4096, 1408
-    t = _Tensors(kernel, case, hidden)
-    t.step(
-        kernel.moe_mlp,
-        t.x,
-        t(NUM_EXPERTS, 2 * intermediate, hidden, trains=False),
-        t(NUM_EXPERTS, hidden, intermediate, trains=False),
-        t.ids,
-        t(t.num_tokens, TOP_K),
-        gate_up_lora=t.lora(hidden, 2 * intermediate),
-        down_lora=t.lora(intermediate, hidden),
-    )
+    _gated(kernel, case, hidden=4096, intermediate=1408)
 
 
 LAYERS = {
