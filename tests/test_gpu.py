@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +102,7 @@ HOPPER = {
     "rank 48": {"r": 48, "H": 272, "I": 264, "k": 1},
     "rank 200": {"r": 200, "frozen": BASE},
     "tiles dealt out": {"H": 2816, "T": 2200, "frozen": BASE},
-    "tiles dealt out, gpt-oss": {
+    "... transposed, interleaved, biased": {
         "H": 2880,
         "T": 2200,
         "is_transposed": True,
@@ -137,7 +136,7 @@ def few_programs(kernel, monkeypatch):
     """Five programs for a product, so that each has many tiles: their loads run on from one into the next."""
     with monkeypatch.context() as patch:
         for name in ("hopper_gemm", "hopper_gram"):
-            module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+            module = inner(kernel, f"triton_kernels.{name}")
             gpu = module.gpu
             patch.setattr(module, "gpu", lambda tensor, gpu=gpu: dataclasses.replace(gpu(tensor), processors=5))
         yield
@@ -160,7 +159,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad", "deal"):
         # A product's tiles are dealt out where it is launched.
         home = "hopper_gemm" if name == "deal" else name
-        module = importlib.import_module(f"{kernel.__name__}.triton_kernels.{home}")
+        module = inner(kernel, f"triton_kernels.{home}")
         answers, original = used.setdefault(name, []), getattr(module, name)
 
         def call(*args, name=name, answers=answers, original=original, **layout):
@@ -176,7 +175,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     with torch.no_grad():  # nothing but the activation is stored, and there are as many programs as the GPU runs
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
-    gemm = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_gemm")
+    gemm = inner(kernel, "triton_kernels.hopper_gemm")
     assert bool(used["deal"]) == (case.H >= gemm.DEEP)
     assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
     in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
@@ -223,7 +222,7 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monk
     empty = general.empty
     monkeypatch.setattr(general, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     inner(kernel, "triton_kernels.replay")._programs.clear()
-    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_gemm")
+    module = inner(kernel, "triton_kernels.hopper_gemm")
     original, cleared = module.hopper_gemm, []
     monkeypatch.setattr(module, "DEEP", 0 if dealt else 10**6)
 
@@ -251,7 +250,7 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
     case = Case(**sizes, is_concatenated=is_concatenated, home=torch.device("cuda"))
     case.top_k_index[torch.rand(700, 2, device="cuda") < 0.2] = E
     arguments, leaves = case.layer(kernel)
-    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_act_grad")
+    module = inner(kernel, "triton_kernels.hopper_act_grad")
     original, empty, calls = module.hopper_act_grad, module.empty, []
 
     def call(*args, **options):
@@ -267,7 +266,7 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
 
     clean = step()
     for name in ("hopper_act_grad", "totals", "gram"):
-        of = importlib.import_module(f"{kernel.__name__}.triton_kernels.{name}")
+        of = inner(kernel, f"triton_kernels.{name}")
         monkeypatch.setattr(of, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     again = step()
     assert calls and all(torch.equal(again[name], clean[name]) for name in clean)
@@ -298,7 +297,7 @@ def test_hopper_act_grad_of_two_ranks(kernel, ranks, monkeypatch):
     shapes = (E, ranks[0], H), (E, 2 * I, ranks[0]), (E, ranks[1], I), (E, H, ranks[1])
     factors = [torch.randn(shape, **options) * 0.1 for shape in shapes]
     grad, chunks = torch.randn(T, H, **options), []
-    module = importlib.import_module(f"{kernel.__name__}.triton_kernels.hopper_act_grad")
+    module = inner(kernel, "triton_kernels.hopper_act_grad")
     original = module.hopper_act_grad
 
     def call(*args, **options):
