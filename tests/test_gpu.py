@@ -100,7 +100,10 @@ HOPPER = {
     "an expert's rows in parts": {"T": 3000, "frozen": BASE, "adapter_dtype": torch.float32},
     "rank 64": {"r": 64, "frozen": BASE},
     "rank 48": {"r": 48, "H": 272, "I": 264, "k": 1},
+    "rank 112": {"r": 112, "frozen": BASE},
+    "rank 128": {"r": 128, "frozen": BASE, "adapter_dtype": torch.float32, "of_peft": True},
     "rank 200": {"r": 200, "frozen": BASE},
+    "rank 256, depths of no tile": {"r": 256, "H": 336, "I": 272},
     "tiles dealt out": {"H": 2816, "T": 2200, "frozen": BASE},
     "... transposed, interleaved, biased": {
         "H": 2880,
@@ -126,7 +129,7 @@ needs_hopper = pytest.mark.skipif(
 
 
 def use_general_kernels(kernel, monkeypatch):
-    for name in ("grouped_gemm", "gram", "act"):
+    for name in ("grouped_gemm", "gram", "shrink", "act"):
         monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
     inner(kernel, "triton_kernels.replay")._programs.clear()
 
@@ -155,7 +158,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     for expert, rows in ((0, 128), (1, 64), (2, 30), (4, 129), (6, 148), (7, 65)):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
-    used, narrow = {}, set()
+    used, narrow, shrinks = {}, set(), []
     for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad", "deal"):
         # A product's tiles are dealt out where it is launched.
         home = "hopper_gemm" if name == "deal" else name
@@ -163,6 +166,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         answers, original = used.setdefault(name, []), getattr(module, name)
 
         def call(*args, name=name, answers=answers, original=original, **layout):
+            shrinks.extend({"columns"} & set(layout))
             if name == "hopper_narrow":
                 narrow.add((layout.get("factor") is not None, layout["x_fan_out"]))
             answers.append(original(*args, **layout))
@@ -177,7 +181,8 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     gemm = inner(kernel, "triton_kernels.hopper_gemm")
     assert bool(used["deal"]) == (case.H >= gemm.DEEP)
-    assert any(used["hopper_gram"]) == ("d gate_up_proj" in got)
+    assert any(used["hopper_gram"]) == ("d gate_up_proj" in got or case.r in (128, 256))
+    assert bool(shrinks) == (case.r > 64)
     in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
     in_one_pass &= case.I % 128 == 0 if case.is_concatenated else case.r <= 16
     assert bool(used["hopper_act_grad"]) == in_one_pass

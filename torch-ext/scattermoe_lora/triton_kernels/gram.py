@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tiles
 from ..types import Routing
 from .combine import MAX_BLOCK, combine
-from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
 from .shrink import shrink
@@ -175,8 +175,7 @@ def gram(
     _, P, Q = out.shape
     if out.numel() == 0:
         return out
-    halves = left.element_size() == out.element_size() == 2
-    wide = min(P, Q) >= HOPPER_COLUMNS and row_weights is None and halves
+    wide = min(P, Q) >= HOPPER_ROWS and row_weights is None and left.element_size() == 2
     if right is not None and wide and has_hopper_kernels(gpu(left).architecture):
         from .hopper_gram import hopper_gram
 

@@ -126,18 +126,18 @@ def before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Memory in which each warpgroup's output waits to be stored, while the next tile is multiplied.
+def held_outputs(dtype: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, OUTPUTS: gl.constexpr = 1):
+    """Memory in which each warpgroup's output, or two of them, wait to be stored, while the next tile is multiplied.
 
     In registers they leave none to compute an activation with.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS // 2, COLUMNS], dtype)
-    return gl.allocate_shared_memory(dtype, [2, ROWS // 2, COLUMNS], layout)
+    return gl.allocate_shared_memory(dtype, [2 * OUTPUTS, ROWS // 2, COLUMNS], layout)
 
 
 @gluon.jit
 def hold(held, acc, PART: gl.constexpr):
-    """A warpgroup's output ``[64, 256]`` to where it waits."""
+    """A warpgroup's output to where it waits; its second one as the PART after the two first ones."""
     held.index(PART).store(acc.to(held.dtype))
 
 
@@ -147,7 +147,7 @@ def held_block(held, PART: gl.constexpr, columns, half_rows):
     ROWS: gl.constexpr = held.shape[1] // 2
     BLOCKS: gl.constexpr = held.shape[2] // 64
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], held.dtype)
-    blocks = _reinterpret(held, held.dtype, [4 * BLOCKS, ROWS, 64], layout)
+    blocks = _reinterpret(held, held.dtype, [2 * held.shape[0] * BLOCKS, ROWS, 64], layout)
     return blocks.index(2 * (BLOCKS * PART + columns) + half_rows).load(COPIES)
 
 
@@ -161,6 +161,13 @@ def store(out_ptr, y, rows, inside, first_column, columns):
     mask = inside[:, None] & (column < columns - first_column)[None, :]
     out = out_ptr + first_column + rows[:, None] + column[None, :]
     gl.store(out, y, mask=mask, eviction_policy="evict_first")
+
+
+def num_stages(columns: int, outputs: int, shared_memory: int) -> int:
+    """Stages of a ring beside so many outputs: for tiles of fewer columns as many as there is room for."""
+    if columns == COLUMNS:
+        return STAGES
+    return (shared_memory - 1024 - 2 * outputs * ROWS * columns) // (2 * DEPTH * (ROWS + columns))
 
 
 def descriptor(tensor: Tensor, block: list[int], contiguous: int) -> TensorDescriptor | None:

@@ -26,7 +26,6 @@ from .hopper import (
     DEPTH,
     REGISTERS,
     ROWS,
-    STAGES,
     add_product,
     barriers,
     before,
@@ -39,6 +38,7 @@ from .hopper import (
     load_block,
     matrix,
     next_stage,
+    num_stages,
     rows_arrive,
     store,
     wait_full,
@@ -274,7 +274,8 @@ def _finish(
     OUT_SCATTERED: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """Stores a block of a held output, which begins in this column of each of its pieces, and its activation.
+    """Stores a block of a held output, which begins in this column of each of its pieces, and its activation, or a
+    block of the second output.
 
     As much as takes no longer than a product: 32 rows by 64 columns of each piece.
     """
@@ -285,6 +286,8 @@ def _finish(
     rows, inside = _output_rows(scattered_ptr, first_row, end, ROWS, OUT_SCATTERED)
     if out_ptr is not None:
         store(out_ptr, h, rows * N, inside, column, N // PIECES)
+    if held.shape[0] == 4:
+        store(a_ptr, held_block(held, 2 + PART, step // 2, step % 2), rows * N, inside, column, N)
     if ACTIVATION != "":
         if not HAS_GATE:
             a = activations.act(h.to(gl.float32), ACTIVATION)
@@ -307,12 +310,13 @@ def _finish(
 
 @gluon.jit
 def _multiply(
-    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
-    stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr, EXPAND_TMA: gl.constexpr,
+    bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
+    scale, stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr,
+    EXPAND_TMA: gl.constexpr,
     OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
     HAS_GATE: gl.constexpr, PIECES: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
@@ -334,6 +338,10 @@ def _multiply(
         first_row, end, column_tile, expert = _told(told, stage)
         first_row += HALF * PART
         if first_row < end:
+            if row_weights_ptr is not None:  # at once, as each is waited for twice
+                row = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, products))
+                slots = gl.load(scattered_ptr + row, mask=row < end, other=0)
+                row_weights = gl.load(row_weights_ptr + slots, mask=row < end, other=0.0).to(gl.float32)
             for k in range(0, K, BLOCK_K):
                 wait_full(full.index(stage), phase, GATHERED)
                 b = _weights(b_ring.index(stage), W_TMA, BLOCK_K, BLOCK_N)
@@ -366,7 +374,11 @@ def _multiply(
                 column = within + n // WIDTH * (N // PIECES)
                 bias = bias_ptr + expert.to(gl.int64) * stride_be + column.to(gl.int64) * stride_bn
                 acc += gl.load(bias, mask=within < N // PIECES, other=0.0).to(gl.float32)[None, :]
+            if SCALED:
+                acc *= scale
             hold(held, acc, PART)
+            if row_weights_ptr is not None:
+                hold(held, acc * row_weights[:, None], 2 + PART)
             step = 0
             held_row = first_row
             held_end = end
@@ -402,11 +414,13 @@ def _hopper_gemm_kernel(
     z,
     expand,
     bias_ptr,
+    row_weights_ptr,
     out_ptr,
     a_ptr,
     tiles_ptr,
     dealt_ptr,
     scattered_ptr,
+    scale,
     N,
     K,
     stride_xm,
@@ -419,6 +433,7 @@ def _hopper_gemm_kernel(
     ZERO_TAIL: gl.constexpr,
     LORA_STEPS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    SCALED: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -438,7 +453,8 @@ def _hopper_gemm_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, BLOCK_K], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_M // 2, BLOCK_K], layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], layout)
-    held = held_outputs(a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
+    out_dtype: gl.constexpr = a_ptr.dtype.element_ty if out_ptr is None else out_ptr.dtype.element_ty
+    held = held_outputs(out_dtype, BLOCK_M, BLOCK_N, 1 if row_weights_ptr is None else 2)
     told = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # What TMA loads, and each thread that copies rows.
     full, empty = barriers(129 if X_FAN_OUT > 0 else 1, STAGES)
@@ -447,19 +463,19 @@ def _hopper_gemm_kernel(
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
-                    stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
-                    LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
+                    bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
+                    full, empty, N, K, scale, stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE,
+                    PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, SCALED,
                 ),
             ),
             (
                 _multiply,
                 (
-                    bias_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
-                    stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA, OUT_SCATTERED, ZERO_TAIL,
-                    LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES, GROUP_M, STAGES,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
+                    bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
+                    full, empty, N, K, scale, stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE,
+                    PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, SCALED,
                 ),
             ),
             (
@@ -509,10 +525,14 @@ def hopper_gemm(
     activation: dict[str, str | float] | None = None,
     has_gate: bool = False,
     is_concatenated: bool = False,
+    columns: int = COLUMNS,
+    scale: float = 1.0,
+    row_weights: Tensor | None = None,
 ) -> bool:
     """`grouped_gemm` into ``out``, and its activation, if there is one, into ``a``; either may be None.
 
-    False, and nothing done, where operands are not what this kernel reads.
+    Or `shrink`, with ``scale``, and what it weights by ``row_weights`` into ``a``, in tiles of 128 ``columns``. False,
+    and nothing done, where operands are not what this kernel reads.
     """
     num_slots, num_experts = routing.num_slots, routing.num_experts
     _, K, N = weight.shape
@@ -520,7 +540,7 @@ def hopper_gemm(
     block_r = min(DEPTH, max(16, tiles.next_power_of_2(rank)))
     # Gate and up of a unit belong into one tile: half of its columns are of each.
     pieces = 2 if activation is not None and has_gate and is_concatenated else 1
-    w, w_tma = _stack(weight, DEPTH, COLUMNS // pieces)
+    w, w_tma = _stack(weight, DEPTH, columns // pieces)
     x_block = z_block = expand_block = None
     expand_tma = ""
     if x_fan_out == 0:
@@ -531,24 +551,38 @@ def hopper_gemm(
         readable = x.stride(1) == 1 and x.data_ptr() % 16 == K % 16 == x.stride(0) % 16 == 0
     if z is not None and expand is not None:
         z_block = descriptor(z, [ROWS // 2, block_r], 1)
-        expand_block, expand_tma = _stack(expand, block_r, COLUMNS // pieces)
+        expand_block, expand_tma = _stack(expand, block_r, columns // pieces)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype
     if not readable or w is None or x.dtype != weight.dtype:
         return False
-    num_column_tiles = tiles.cdiv(N, COLUMNS)
+    num_column_tiles = tiles.cdiv(N, columns)
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, ROWS) * num_column_tiles
     programs = min(num_tiles, gpu(x).processors)
     dealt = None
-    if K >= DEEP and K * num_slots >= DEEP * MANY_ROWS * num_experts:
+    if num_column_tiles > 1 and K >= DEEP and K * num_slots >= DEEP * MANY_ROWS * num_experts:
         dealt = deal(routing, num_column_tiles, programs, group_m)
+    stages = num_stages(columns, 1 if row_weights is None else 2, gpu(x).shared_memory)
     launch(
         _hopper_gemm_kernel,
         (programs, 1),
-        (x, x_block, w, z_block, expand_block, bias, out, a, routing.tiles, dealt, routing.scattered_idxs),
-        (N, K, x.stride(0), *((0, 0) if bias is None else bias.stride())),
+        (
+            x,
+            x_block,
+            w,
+            z_block,
+            expand_block,
+            bias,
+            row_weights,
+            out,
+            a,
+            routing.tiles,
+            dealt,
+            routing.scattered_idxs,
+        ),
+        (scale, N, K, x.stride(0), *((0, 0) if bias is None else bias.stride())),
         4,
-        STAGES,
+        stages,
         X_FAN_OUT=x_fan_out,
         W_TMA=w_tma,
         EXPAND_TMA=expand_tma,
@@ -556,15 +590,16 @@ def hopper_gemm(
         ZERO_TAIL=zero_tail,
         LORA_STEPS=tiles.cdiv(rank, block_r),
         HAS_BIAS=bias is not None,
+        SCALED=scale != 1.0,
         **(activation or {"ACTIVATION": "", "ALPHA": 0.0, "LIMIT": 0.0, "SHIFT": 0.0}),
         HAS_GATE=has_gate,
         PIECES=pieces,
         EVEN_K=K % DEPTH == 0,
         GROUP_M=group_m,
-        STAGES=STAGES,
+        STAGES=stages,
         REGISTERS=REGISTERS,
         BLOCK_M=ROWS,
-        BLOCK_N=COLUMNS,
+        BLOCK_N=columns,
         BLOCK_K=DEPTH,
         BLOCK_R=block_r,
     )

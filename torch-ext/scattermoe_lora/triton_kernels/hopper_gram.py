@@ -21,7 +21,6 @@ from .hopper import (
     DEPTH,
     REGISTERS,
     ROWS,
-    STAGES,
     add_product,
     barriers,
     before,
@@ -32,6 +31,7 @@ from .hopper import (
     hold,
     load_block,
     next_stage,
+    num_stages,
     rows_arrive,
     store,
     wait_full,
@@ -126,11 +126,12 @@ def _multiply(
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
+    IS_HELD: gl.constexpr = out_ptr.dtype.element_ty != gl.float32
     HELD: gl.constexpr = 2 * (BLOCK_N // 64)
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stage = 0
     phase = 0
-    # A tile's output is stored while the next one is multiplied.
+    # A tile's output is stored while the next one is multiplied; in float32, for which there is no room, at once.
     held_ptr = out_ptr
     held_rows = 0
     held_column = 0
@@ -145,21 +146,28 @@ def _multiply(
             a = a_ring.index(2 * stage + PART).permute((1, 0))
             acc = add_product(a, b_ring.index(stage), acc, use_acc=k > 0)
             mbarrier.arrive(empty.index(before(stage, STAGES)), pred=k > 0)
-            if block < HELD:
-                _store(held_ptr, held, held_rows, held_column, N, stride_om, block, PART)
-                block += 1
+            if IS_HELD:
+                if block < HELD:
+                    _store(held_ptr, held, held_rows, held_column, N, stride_om, block, PART)
+                    block += 1
             stage, phase = next_stage(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(stage, STAGES)))
+        out = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
+        if IS_HELD:
+            for rest in range(block, HELD):
+                _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
+            hold(held, acc, PART)
+            held_ptr = out
+            held_rows = M - m
+            held_column = n
+            block = 0
+        else:
+            row = gl.arange(0, HALF, layout=gl.SliceLayout(1, products))
+            store(out, acc, row.to(gl.int64) * stride_om, row < M - m, n, N)
+    if IS_HELD:
         for rest in range(block, HELD):
             _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
-        hold(held, acc, PART)
-        held_ptr = out_ptr + expert.to(gl.int64) * stride_oe + m.to(gl.int64) * stride_om
-        held_rows = M - m
-        held_column = n
-        block = 0
-    for rest in range(block, HELD):
-        _store(held_ptr, held, held_rows, held_column, N, stride_om, rest, PART)
 
 
 @gluon.jit
@@ -193,7 +201,9 @@ def _hopper_gram_kernel(
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, BLOCK_N], dtype)
     a_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BLOCK_K, BLOCK_M // 2], a_layout)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], b_layout)
-    held = held_outputs(out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
+    held = b_ring  # given where nothing is held, and not used
+    if out_ptr.dtype.element_ty != gl.float32:
+        held = held_outputs(out_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     # What TMA loads, and each loading thread.
     full, empty = barriers(129, STAGES)
     gl.warp_specialize(
@@ -235,12 +245,14 @@ def hopper_gram(
         left_fan_out, right_fan_out = right_fan_out, left_fan_out
     num_experts, M, N = out.shape
     left_block = descriptor(left, [DEPTH, ROWS // 2], 1)
-    right_block = descriptor(right, [DEPTH, COLUMNS], 1)
+    columns = COLUMNS if N >= COLUMNS else COLUMNS // 2
+    right_block = descriptor(right, [DEPTH, columns], 1)
     readable = left_block is not None and right_block is not None and left.dtype == right.dtype
     # Copies are of 16 bytes, and compiled for sizes and strides that are multiples of 16.
     if not readable or out.stride(2) != 1 or any(n % 16 for n in (M, N, left.stride(0), right.stride(0))):
         return False
-    num_tiles = num_experts * tiles.cdiv(M, ROWS) * tiles.cdiv(N, COLUMNS)
+    stages = num_stages(columns, 1 if out.element_size() == 2 else 0, gpu(out).shared_memory)
+    num_tiles = num_experts * tiles.cdiv(M, ROWS) * tiles.cdiv(N, columns)
     launch(
         _hopper_gram_kernel,
         (min(num_tiles, gpu(out).processors), 1),
@@ -255,15 +267,15 @@ def hopper_gram(
         ),
         (num_tiles, M, N, left.stride(0), right.stride(0), out.stride(0), out.stride(1)),
         4,
-        STAGES,
+        stages,
         LEFT_FAN_OUT=left_fan_out,
         RIGHT_FAN_OUT=right_fan_out,
         EVEN_M=M % ROWS == 0,
-        EVEN_N=N % COLUMNS == 0,
-        STAGES=STAGES,
+        EVEN_N=N % columns == 0,
+        STAGES=stages,
         REGISTERS=REGISTERS,
         BLOCK_M=ROWS,
-        BLOCK_N=COLUMNS,
+        BLOCK_N=columns,
         BLOCK_K=DEPTH,
     )
     return True
