@@ -166,7 +166,8 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         answers, original = used.setdefault(name, []), getattr(module, name)
 
         def call(*args, name=name, answers=answers, original=original, **layout):
-            shrinks.extend({"columns"} & set(layout))
+            if name == "hopper_gemm" and "columns" in layout:
+                shrinks.append(layout["columns"])
             if name == "hopper_narrow":
                 narrow.add((layout.get("factor") is not None, layout["x_fan_out"]))
             answers.append(original(*args, **layout))
