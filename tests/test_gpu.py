@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -287,6 +288,44 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
     assert torch.equal(got["top_k_weights"][elsewhere], clean["top_k_weights"][elsewhere])
     tokens = elsewhere.all(1)
     assert torch.equal(got["hidden_states"][tokens], clean["hidden_states"][tokens])
+
+
+DROPPED = {
+    "halves": {},
+    "interleaved": {"is_concatenated": False, "activation": CLAMPED, "I": 336},
+    "rank 32, float32 adapters as PEFT has them": {"r": 32, "adapter_dtype": torch.float32, "of_peft": True},
+    "an expert's rows in parts": {"T": 3000, "pattern": "hot"},
+}
+
+
+@needs_hopper
+@pytest.mark.parametrize("options", DROPPED.values(), ids=DROPPED)
+def test_hopper_act_grad_with_dropout(kernel, options, monkeypatch):
+    """The definition's mask, and the general kernels' bits, of which some drop elements in a pass of its own."""
+    sizes = {"T": 700, "H": 512, "I": 256, "E": 6, "k": 2, "r": 16, "dtype": torch.bfloat16, "frozen": BASE}
+    case, home = Case(**(sizes | options), home=torch.device("cuda")), torch.device("cuda")
+    dropout = {"lora_dropout": 0.3, "dropout_seed": torch.tensor([2**62 + 12345], device=home)}
+    module = inner(kernel, "triton_kernels.hopper_act_grad")
+    original, seeds = module.hopper_act_grad, []
+
+    def call(*args, **options):
+        seeds.append(options["seed"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "hopper_act_grad", call)
+
+    def run(function, reference):
+        inner(kernel, "triton_kernels.replay")._programs.clear()
+        return case.run(kernel, functools.partial(function, **dropout), home, reference)
+
+    got, want = run(kernel.moe_mlp, False), run(kernel.reference.moe_mlp, True)
+    assert seeds and all(seed is not None for seed in seeds)
+    # LoRA's part of two gradients is rounded apart from the rest's.
+    assert all(relative_error(got[name], want[name]) < 1.2 * BOUNDS[torch.bfloat16] for name in want)
+    use_general_kernels(kernel, monkeypatch)
+    general = run(kernel.moe_mlp, False)
+    same = {"output", "d down_A", "d down_B"} if case.r < 32 else {"output"}  # see `test_hopper_kernels`
+    assert all(torch.equal(got[name], general[name]) for name in same)
 
 
 @needs_hopper

@@ -497,7 +497,7 @@ def _backward_body(
             "dot_dtype": _dot_dtype(weights, bias_of_dot) if need_weights else None,
             "out": h if overwrite else None,
         }
-        if dA_down is not None and dB_up is not None and not need_down and seed is None and makes_u_up:
+        if dA_down is not None and dB_up is not None and not need_down and makes_u_up:
             # All that reads a, or dh for its rank: where one pass makes it, it needs neither to be there for it.
             made = run.act_grad_grams(
                 a,
@@ -510,6 +510,8 @@ def _backward_body(
                 right_h=xa,
                 out_h=dB_up,
                 scale=gate_up_scaling,
+                seed=seed,
+                p=lora_dropout,
             )
         if made is not None:
             dh, grads[9], u_up = made

@@ -553,8 +553,12 @@ def act_grad_grams(
     right_h: Tensor,
     out_h: Tensor,
     scale: float,
+    seed: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """`act_grad` of grouped ``h``, the `gram` of ``row_weight * a`` and ``right_a``, and the `shrink_gram` of ``dh``.
+
+    With a ``seed`` the gram is of what `dropout` makes of that, each row numbered by its slot.
 
     Returns:
         ``(dh, dot, product)``, or None, and nothing done, where a backend has no one pass for them, as this one.

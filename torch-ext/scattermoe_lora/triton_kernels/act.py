@@ -275,6 +275,8 @@ def act_grad_grams(
     right_h: Tensor,
     out_h: Tensor,
     scale: float,
+    seed: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """See `reference.act_grad_grams`: made on Hopper, where the ranks are small."""
     if has_gate and routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(g).architecture):
@@ -298,6 +300,8 @@ def act_grad_grams(
                 right_h=right_h,
                 out_h=out_h,
                 scale=scale,
+                seed=seed,
+                p=p,
                 chunk=chunk,
                 partial_a=partial_a,
                 partial_h=partial_h,

@@ -25,6 +25,22 @@ def _mix(h):
 
 
 @triton.jit
+def seed_key(seed_ptr, STREAM: tl.constexpr):
+    """What all rows of a stream have in common, see `reference.dropout_keep`."""
+    seed = tl.load(seed_ptr).to(tl.uint64)
+    return _mix(_mix(_mix(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)) + STREAM)
+
+
+@triton.jit
+def dropped(x, key, number, n, threshold, scale):
+    """Elements of rows of these numbers and columns ``n`` after dropout: zero, or times ``scale``."""
+    key = _mix(key ^ number.to(tl.uint32))
+    bits = _mix(_mix(n.to(tl.uint32) ^ key) + _mix(key ^ 0x9E3779B9))
+    keep = (bits >> 1).to(tl.int32) >= threshold
+    return tl.where(keep, x * scale, 0.0)
+
+
+@triton.jit
 def _dropout_kernel(
     x_ptr,
     out_ptr,
@@ -46,14 +62,8 @@ def _dropout_kernel(
     number = row
     if HAS_ROWS:
         number = tl.load(rows_ptr + row)
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    # See `reference.dropout_keep`.
-    key = _mix(_mix(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
-    key = _mix(_mix(key + STREAM) ^ number.to(tl.uint32))
-    bits = _mix(_mix(n.to(tl.uint32) ^ key) + _mix(key ^ 0x9E3779B9))
-    keep = (bits >> 1).to(tl.int32) >= threshold
     x = tl.load(x_ptr + row * stride_xm + n.to(tl.int64) * stride_xn, mask=mask, other=0.0).to(tl.float32)
-    y = tl.where(keep, x * scale, 0.0)
+    y = dropped(x, seed_key(seed_ptr, STREAM), number, n, threshold, scale)
     out = out_ptr + row * N + n
     if ADD:
         y += tl.load(out, mask=mask, other=0.0).to(tl.float32)

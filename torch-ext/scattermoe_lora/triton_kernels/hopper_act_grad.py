@@ -19,9 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import tiles
+from ..reference import DROPPED_ACTIVATION, dropout_threshold
 from ..types import Routing
 from . import activations, totals
 from .device import gpu
+from .dropout import dropped, seed_key
 from .hopper import COPIES, barriers, copy_rows, descriptor, load_block, next_stage, parts, rows_arrive, wait_full
 from .hopper_narrow import num_units, steps_of, store_sums, unit_of
 from .launch import empty, launch
@@ -48,8 +50,8 @@ def _block_columns(n, N, CONCATENATED: gl.constexpr, UNITS: gl.constexpr):
 @gluon.jit
 def _load(
     g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, tiles_ptr, offsets_ptr, scattered_ptr, g_ring, left_ring,
-    right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty, unused, num_experts, chunk_rows, N,
-    stride_fe, stride_fp, CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr,
+    right_ring, weights_ring, slots_ring, right_a_ring, right_h_ring, factors, full, empty, unused, num_experts,
+    chunk_rows, N, stride_fe, stride_fp, CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr, DROPS: gl.constexpr,
     STAGES: gl.constexpr, Q_A: gl.constexpr, Q_H: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all tiles, as far ahead as the ring allows."""
@@ -95,6 +97,9 @@ def _load(
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             weights_ring.index(stage).store(weights.to(gl.float32))
+            if DROPS:
+                slots_ring.index(stage).store(slots.to(gl.int32))
+                slots = next_slots
             mbarrier.expect(barrier, 3 * ROWS * UNITS * g.dtype.primitive_bitwidth // 8)
             load_block(g, [first, n], barrier, g_ring.index(stage))
             load_block(h, [first, left], barrier, left_ring.index(stage))
@@ -177,22 +182,25 @@ def _store(dh_ptr, dot_ptr, d_gate, d_up, dot, rows, inside, n, N, CONCATENATED:
 
 @gluon.jit
 def _derive(
-    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready, num_experts,
-    chunk_rows, N, stride_dt, HALF: gl.constexpr, CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr,
-    STAGES: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr, ACTIVATION: gl.constexpr,
-    ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
+    dh_ptr, dots_ptr, seed_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, slots_ring, full,
+    ready, threshold, drop_scale, num_experts, chunk_rows, N, stride_dt, STREAM: gl.constexpr, HALF: gl.constexpr,
+    CONCATENATED: gl.constexpr, CHUNKED: gl.constexpr, STAGES: gl.constexpr, UNITS: gl.constexpr, ROWS: gl.constexpr,
+    ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Some warps: of the first (HALF 0) or the second 64 units of every stage ``a`` in place of ``g``, and ``dh`` in
-    place of ``h``, which is also stored."""
+    """Some warps: of the first (HALF 0) or the second 64 units of every stage ``a``, after dropout if there is any, in
+    place of ``g``, and ``dh`` in place of ``h``, which is also stored."""
     row = gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, HALVES))
     stage = 0
     phase = 0
+    if seed_ptr is not None:
+        key = seed_key(seed_ptr, STREAM)
     units = num_units(tiles_ptr, num_experts, N, CHUNKED, UNITS)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _expert, start, end, tile, _chunk = unit_of(
             tiles_ptr, offsets_ptr, unit, num_experts, chunk_rows, N, CHUNKED, False, UNITS
         )
         n = tile * UNITS + HALF * 64
+        column = n + gl.arange(0, 64, layout=gl.SliceLayout(0, HALVES))
         dot_ptr = dots_ptr + (2 * tile + HALF).to(gl.int64) * stride_dt
         for k in range(0, steps_of(start, end, ROWS)):
             rows_0 = start + k * ROWS + row
@@ -215,11 +223,19 @@ def _derive(
             a_0, d_gate_0, d_up_0, dot_0 = _activate(
                 g_0, gate_0, up_0, weights_0, inside_0, whole, ACTIVATION, ALPHA, LIMIT, SHIFT
             )
+            if seed_ptr is not None:
+                slots = slots_ring.index(stage).slice(0, ROWS // 2).load(gl.SliceLayout(1, HALVES))
+                a_0 = dropped(a_0.to(gl.float32), key, slots[:, None], column[None, :], threshold, drop_scale)
+                a_0 = a_0.to(dh_ptr.dtype.element_ty)
             g.index(2 * HALF).store(a_0)
             _keep(left, right, d_gate_0, d_up_0, HALF, 0, CONCATENATED)
             a_1, d_gate_1, d_up_1, dot_1 = _activate(
                 g_1, gate_1, up_1, weights_1, inside_1, whole, ACTIVATION, ALPHA, LIMIT, SHIFT
             )
+            if seed_ptr is not None:
+                slots = slots_ring.index(stage).slice(ROWS // 2, ROWS // 2).load(gl.SliceLayout(1, HALVES))
+                a_1 = dropped(a_1.to(gl.float32), key, slots[:, None], column[None, :], threshold, drop_scale)
+                a_1 = a_1.to(dh_ptr.dtype.element_ty)
             g.index(2 * HALF + 1).store(a_1)
             _keep(left, right, d_gate_1, d_up_1, HALF, 1, CONCATENATED)
             fence_async_shared()
@@ -293,6 +309,7 @@ def _hopper_act_grad_kernel(
     weights_ptr,
     dh_ptr,
     dots_ptr,
+    seed_ptr,
     out_a_ptr,
     out_h_ptr,
     partial_a_ptr,
@@ -302,6 +319,8 @@ def _hopper_act_grad_kernel(
     offsets_ptr,
     scattered_ptr,
     scale,
+    threshold,
+    drop_scale,
     num_experts,
     chunk_rows,
     N,
@@ -317,6 +336,7 @@ def _hopper_act_grad_kernel(
     stride_he,
     stride_hp,
     stride_hq,
+    STREAM: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
@@ -341,6 +361,9 @@ def _hopper_act_grad_kernel(
     left_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], block)
     right_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], block)
     weights_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], of_weights)
+    slots_ring = weights_ring  # given where nothing is dropped, and not used
+    if seed_ptr is not None:
+        slots_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], of_weights)
     right_a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, Q_A], rank_a)
     right_h_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, Q_H], rank_h)
     factors = gl.allocate_shared_memory(dtype, [4, BLOCK_N, Q_H], of_factor)
@@ -360,26 +383,26 @@ def _hopper_act_grad_kernel(
             (
                 _derive,
                 (
-                    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
-                    num_experts, chunk_rows, N, stride_dt, 0, CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M,
-                    ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    dh_ptr, dots_ptr, seed_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring,
+                    slots_ring, full, ready, threshold, drop_scale, num_experts, chunk_rows, N, stride_dt, STREAM, 0,
+                    CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M, ACTIVATION, ALPHA, LIMIT, SHIFT,
                 ),
             ),
             (
                 _derive,
                 (
-                    dh_ptr, dots_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring, full, ready,
-                    num_experts, chunk_rows, N, stride_dt, 1, CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M,
-                    ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    dh_ptr, dots_ptr, seed_ptr, tiles_ptr, offsets_ptr, g_ring, left_ring, right_ring, weights_ring,
+                    slots_ring, full, ready, threshold, drop_scale, num_experts, chunk_rows, N, stride_dt, STREAM, 1,
+                    CONCATENATED, CHUNKED, STAGES, BLOCK_N, BLOCK_M, ACTIVATION, ALPHA, LIMIT, SHIFT,
                 ),
             ),
             (
                 _load,
                 (
                     g, h, right_a_ptr, right_h_ptr, factor_ptr, weights_ptr, tiles_ptr, offsets_ptr, scattered_ptr,
-                    g_ring, left_ring, right_ring, weights_ring, right_a_ring, right_h_ring, factors, full, empty,
-                    unused, num_experts, chunk_rows, N, stride_fe, stride_fp, CONCATENATED, CHUNKED, STAGES, Q_A,
-                    Q_H, BLOCK_N, BLOCK_M,
+                    g_ring, left_ring, right_ring, weights_ring, slots_ring, right_a_ring, right_h_ring, factors, full,
+                    empty, unused, num_experts, chunk_rows, N, stride_fe, stride_fp, CONCATENATED, CHUNKED,
+                    seed_ptr is not None, STAGES, Q_A, Q_H, BLOCK_N, BLOCK_M,
                 ),
             ),
         ],
@@ -418,6 +441,8 @@ def hopper_act_grad(
     right_h: Tensor,
     out_h: Tensor,
     scale: float,
+    seed: Tensor | None,
+    p: float,
     chunk: int,
     partial_a: Tensor | None,
     partial_h: Tensor | None,
@@ -430,7 +455,7 @@ def hopper_act_grad(
     num_experts = out_a.shape[0]
     Q_A, Q_H, size = right_a.shape[1], right_h.shape[1], g.element_size()
     num_tiles = tiles.cdiv(N, UNITS)
-    stage = ROWS * (3 * UNITS + Q_A + Q_H) * size + ROWS * 4
+    stage = ROWS * (3 * UNITS + Q_A + Q_H) * size + ROWS * 8
     stages = (gpu(g).shared_memory - 1024 - 4 * UNITS * Q_H * size) // stage
     dh = empty(*h.shape, dtype=h.dtype, device=h.device) if out is None else out
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
@@ -450,6 +475,7 @@ def hopper_act_grad(
             row_weights,
             dh,
             dots,
+            seed,
             out_a,
             out_h,
             partial_a,
@@ -461,6 +487,8 @@ def hopper_act_grad(
         ),
         (
             scale,
+            dropout_threshold(p),
+            1.0 / (1.0 - p),
             num_experts,
             chunk,
             N,
@@ -474,6 +502,7 @@ def hopper_act_grad(
         ),
         4,
         stages,
+        STREAM=DROPPED_ACTIVATION,
         **activation,
         CONCATENATED=is_concatenated,
         CHUNKED=partial_a is not None,
