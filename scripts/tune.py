@@ -202,11 +202,11 @@ def keys(rows: list[int]) -> Iterator[tuple[str, str, int]]:
 
 
 def load() -> Any:
-    """The kernel, without Hopper's own GEMM and grams, which have no tiles to choose and would be timed instead."""
+    """The kernel without Hopper's own products and grams, which have no tiles to choose and would be timed instead."""
     from kernels import get_kernel
 
     kernel = get_kernel("org/scattermoe-lora", version=1)
-    for module in ("grouped_gemm", "gram"):
+    for module in ("grouped_gemm", "shrink", "gram"):
         inner(kernel, f"triton_kernels.{module}").has_hopper_kernels = lambda architecture: False
     return kernel
 

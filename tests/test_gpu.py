@@ -15,6 +15,7 @@ import torch
 from cases import MODELS
 from conftest import inner
 from numerics import BASE, Case, relative_error
+from test_parallel_linear import Linear
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +70,7 @@ REPLAYED = {
     "gpt-oss, frozen base": {"is_concatenated": False, "frozen": BASE},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},
-    "rank over 128": {"r": 144, "frozen": BASE},
+    "rank over 128": {"r": 144, "T": 6000, "frozen": BASE},  # tiles enough for Hopper's shrink
     "tiles dealt out": {"H": 2816, "T": 1200, "frozen": BASE},
 }
 
@@ -103,8 +104,10 @@ HOPPER = {
     "rank 48": {"r": 48, "H": 272, "I": 264, "k": 1},
     "rank 112": {"r": 112, "frozen": BASE},
     "rank 128": {"r": 128, "frozen": BASE, "adapter_dtype": torch.float32, "of_peft": True},
+    "rank 144": {"r": 144, "frozen": BASE},
     "rank 200": {"r": 200, "frozen": BASE},
     "rank 256, depths of no tile": {"r": 256, "H": 336, "I": 272},
+    "rank 320, tiles dealt out": {"r": 320, "H": 2816, "T": 2200, "frozen": BASE},
     "tiles dealt out": {"H": 2816, "T": 2200, "frozen": BASE},
     "... transposed, interleaved, biased": {
         "H": 2880,
@@ -137,9 +140,12 @@ def use_general_kernels(kernel, monkeypatch):
 
 @contextlib.contextmanager
 def few_programs(kernel, monkeypatch):
-    """Five programs for a product, so that each has many tiles: their loads run on from one into the next."""
+    """Five programs for a product, so that each has many tiles: their loads run on from one into the next.
+
+    Of a shrink, there are then tiles enough.
+    """
     with monkeypatch.context() as patch:
-        for name in ("hopper_gemm", "hopper_gram"):
+        for name in ("hopper_gemm", "hopper_gram", "shrink"):
             module = inner(kernel, f"triton_kernels.{name}")
             gpu = module.gpu
             patch.setattr(module, "gpu", lambda tensor, gpu=gpu: dataclasses.replace(gpu(tensor), processors=5))
@@ -159,7 +165,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     for expert, rows in ((0, 128), (1, 64), (2, 30), (4, 129), (6, 148), (7, 65)):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
-    used, narrow, shrinks = {}, set(), []
+    used, narrow, shrinks = {}, set(), set()
     for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad", "deal"):
         # A product's tiles are dealt out where it is launched.
         home = "hopper_gemm" if name == "deal" else name
@@ -167,8 +173,8 @@ def test_hopper_kernels(kernel, options, monkeypatch):
         answers, original = used.setdefault(name, []), getattr(module, name)
 
         def call(*args, name=name, answers=answers, original=original, **layout):
-            if name == "hopper_gemm" and "columns" in layout:
-                shrinks.append(layout["columns"])
+            if "row_weights" in layout and name == "hopper_gemm":
+                shrinks.add(layout["row_weights"] is not None)
             if name == "hopper_narrow":
                 narrow.add((layout.get("factor") is not None, layout["x_fan_out"]))
             answers.append(original(*args, **layout))
@@ -183,8 +189,9 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     assert used["hopper_gemm"] and all(used["hopper_gemm"])
     gemm = inner(kernel, "triton_kernels.hopper_gemm")
     assert bool(used["deal"]) == (case.H >= gemm.DEEP)
-    assert any(used["hopper_gram"]) == ("d gate_up_proj" in got or case.r in (128, 256))
-    assert bool(shrinks) == (case.r > 64)
+    wide = "d gate_up_proj" in got or case.r in (128, 144, 256, 320)  # with tiles that are stored 16 bytes at a time
+    assert set(used["hopper_gram"]) <= {wide} and any(used["hopper_gram"]) == wide
+    assert shrinks == ({True, False} if case.r > 64 else set())
     in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
     in_one_pass &= case.I % 128 == 0 if case.is_concatenated else case.r <= 16
     assert bool(used["hopper_act_grad"]) == in_one_pass
@@ -209,7 +216,7 @@ def test_hopper_kernels(kernel, options, monkeypatch):
 @pytest.mark.parametrize("all_are", [False, True], ids=["some", "all"])
 def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monkeypatch):
     """`parallel_linear`'s rows of no expert are zeros, grouped or scattered, whatever was in that memory."""
-    E, T, k, H, N, r = 5, 700, 2, 320, 336, 16
+    E, T, k, H, N, r = 5, 700, 2, 320, 336, 128 if dealt else 16
     options = {"device": "cuda", "dtype": torch.bfloat16}
     torch.manual_seed(4)
     index = torch.randint(E if all_are else 0, E + 1, (T, k), device="cuda")
@@ -235,7 +242,7 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monk
 
     def call(*args, **layout):
         computed = original(*args, **layout)
-        cleared.append(computed and layout["zero_tail"])
+        cleared.append(computed and layout.get("zero_tail", "scale" in layout))  # no shrink needs to
         return computed
 
     monkeypatch.setattr(module, "hopper_gemm", call)
@@ -288,6 +295,27 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
     assert torch.equal(got["top_k_weights"][elsewhere], clean["top_k_weights"][elsewhere])
     tokens = elsewhere.all(1)
     assert torch.equal(got["hidden_states"][tokens], clean["hidden_states"][tokens])
+
+
+@needs_hopper
+def test_hopper_shrink_of_gathered_rows(kernel, monkeypatch):
+    """The one that a linear makes of its tokens' rows, and again times their float32 gates."""
+    case = Linear(1500, 2, 6, 128, 320, 336, torch.bfloat16, "gates")
+    module = inner(kernel, "triton_kernels.hopper_gemm")
+    original, weighted = module.hopper_gemm, []
+
+    def call(*args, **layout):
+        computed = original(*args, **layout)
+        weighted.append((computed, layout["x_fan_out"], layout.get("row_weights") is not None))
+        return computed
+
+    monkeypatch.setattr(module, "hopper_gemm", call)
+    inner(kernel, "triton_kernels.replay")._programs.clear()
+    with few_programs(kernel, monkeypatch):
+        got = case.run(kernel, torch.device("cuda"), lambda name, leaf: leaf.float() if name == "gates" else leaf)
+    assert (True, 2, True) in weighted
+    want = case.want(kernel)
+    assert all(relative_error(got[name], want[name]) < BOUNDS[torch.bfloat16] for name in want)
 
 
 DROPPED = {

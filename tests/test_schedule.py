@@ -68,8 +68,8 @@ def _is_short(tile) -> bool:
     ],
     ids=["few", "many", "short", "whole", "empty", "one expert"],
 )
-@pytest.mark.parametrize("column_tiles", [1, 6])
-def test_short_tiles_go_round(kernel, column_tiles, programs, rows):
+@pytest.mark.parametrize(("column_tiles", "group_m"), [(2, 1), (6, 4)])
+def test_short_tiles_go_round(kernel, column_tiles, group_m, programs, rows):
     """Each tile is dealt out once, others than short ones in their order, short ones in turn: after each full round no
     program has had more than one of them more than another, and as many are dealt out as were to come."""
     deal = inner(kernel, "triton_kernels.deal").deal
@@ -77,14 +77,14 @@ def test_short_tiles_go_round(kernel, column_tiles, programs, rows):
     num_slots = int(offsets[-1]) + 11  # 11 of no expert
     schedule = torch.empty(1, 4, dtype=torch.int32)
     routing = inner(kernel, "types").Routing(torch.empty(num_slots), offsets, schedule, ROWS)
-    dealt = deal(routing, column_tiles, programs, group_m=4)
+    dealt = deal(routing, column_tiles, programs, group_m=group_m)
 
     expected = [
         [expert, first + (group + row) * ROWS, first + num_rows, column]
         for expert, (num_rows, first) in enumerate(zip(rows, [0, *offsets.tolist()], strict=False))
-        for group in range(0, -(-num_rows // ROWS), 4)
+        for group in range(0, -(-num_rows // ROWS), group_m)
         for column in range(column_tiles)
-        for row in range(min(4, -(-num_rows // ROWS) - group))
+        for row in range(min(group_m, -(-num_rows // ROWS) - group))
     ]
     tiles = dealt[1:][: len(expected)].tolist()
     assert sorted(tiles) == sorted(expected)

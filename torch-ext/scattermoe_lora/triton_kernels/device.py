@@ -18,7 +18,7 @@ from ..tiles import Gpu
 KNOWN_TRITON = ("3.6", "3.7", "3.8", "3.9")
 TRITON = ".".join(triton.__version__.split(".")[:2])
 
-# Rows and columns of their tiles. Outputs of fewer columns are not theirs, nor are those of fewer rows an expert than
+# Rows and columns of their tiles. A base's products of fewer columns are not theirs, nor of fewer rows an expert than
 # HOPPER_LEAST: with 64, 32 and 16 of them a step took 2 to 17 % less than with tiles of so many rows, with 8 1 % more.
 HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_LEAST = 128, 256, 16
 

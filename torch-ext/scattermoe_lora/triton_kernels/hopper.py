@@ -25,8 +25,8 @@ from .rows import operand_rows
 
 # Rows of a tile, half for each warpgroup, its columns, and the depth of a stage.
 ROWS, COLUMNS, DEPTH = HOPPER_ROWS, HOPPER_COLUMNS, 64
-# Stages of the ring. With four, processors that share a weight block drift apart: 1.82 GB read from memory for 1.24,
-# and 4 % slower.
+# Stages of the ring beside 256 columns. With four, processors that share a weight block drift apart: 1.82 GB read from
+# memory for 1.24, and 4 % slower.
 STAGES = 3
 # Registers a thread of the second warpgroup that multiplies; the first gets as many, the loading warps what is left:
 # with 224 that were 56, too few for those that copy rows.
@@ -164,7 +164,7 @@ def store(out_ptr, y, rows, inside, first_column, columns):
 
 
 def num_stages(columns: int, outputs: int, shared_memory: int) -> int:
-    """Stages of a ring beside so many outputs: for tiles of fewer columns as many as there is room for."""
+    """Stages of a ring beside so many held outputs: of tiles of fewer columns as many as there is room for."""
     if columns == COLUMNS:
         return STAGES
     return (shared_memory - 1024 - 2 * outputs * ROWS * columns) // (2 * DEPTH * (ROWS + columns))

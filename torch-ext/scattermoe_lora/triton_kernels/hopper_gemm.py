@@ -1,4 +1,4 @@
-"""The grouped GEMM on Hopper: the same product and the same bits as `grouped_gemm`'s kernel, by specialised warps.
+"""The grouped GEMM on Hopper, and the shrink into many ranks: the general kernels' bits, by specialised warps.
 
 One warp loads by TMA, or two and two more where rows are gathered; two warpgroups multiply 64 rows each: loads run on
 into the next tile, an output is stored while the next one is multiplied, with its activation where it has one, and the
@@ -52,10 +52,10 @@ from .rows import scheduled_tile, tile_entry, tile_of_entry
 ROW_COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
 
 
-# Products at least so deep, of so many rows an expert on the mean if no deeper, have their tiles dealt out. On an H100
-# GLM-4.5-Air's gradients, 2816 and 4096 deep, then took 7 and 8 % less at 512 rows an expert, but with 256 of them as
-# long, and Qwen3-30B-A3B's up product, 2048 deep, 2 % more at 512. Rows of no expert count as well: the host knows no
-# better.
+# Products of several column tiles at least so deep, of so many rows an expert on the mean if no deeper, have their
+# tiles dealt out. On an H100 GLM-4.5-Air's gradients, 2816 and 4096 deep, then took 7 and 8 % less at 512 rows an
+# expert, but with 256 of them as long, and Qwen3-30B-A3B's up product, 2048 deep, 2 % more at 512. Rows of no expert
+# count as well: the host knows no better.
 DEEP, MANY_ROWS = 2560, 480
 
 
@@ -525,17 +525,18 @@ def hopper_gemm(
     activation: dict[str, str | float] | None = None,
     has_gate: bool = False,
     is_concatenated: bool = False,
-    columns: int = COLUMNS,
     scale: float = 1.0,
     row_weights: Tensor | None = None,
 ) -> bool:
     """`grouped_gemm` into ``out``, and its activation, if there is one, into ``a``; either may be None.
 
-    Or `shrink`, with ``scale``, and what it weights by ``row_weights`` into ``a``, in tiles of 128 ``columns``. False,
-    and nothing done, where operands are not what this kernel reads.
+    Or `shrink`, with ``scale``, and what it weights by ``row_weights`` into ``a``. False, and nothing done, where
+    operands are not what this kernel reads.
     """
     num_slots, num_experts = routing.num_slots, routing.num_experts
     _, K, N = weight.shape
+    # Fewer for a shrink into no more of them, or into two outputs, for which a tile of 256 leaves no room.
+    columns = COLUMNS if N > COLUMNS // 2 and row_weights is None else COLUMNS // 2
     rank = 0 if z is None else z.shape[1]
     block_r = min(DEPTH, max(16, tiles.next_power_of_2(rank)))
     # Gate and up of a unit belong into one tile: half of its columns are of each.

@@ -1,4 +1,4 @@
-"""A wide gram on Hopper, the gradient of a base weight, by specialised warps: see `hopper_gemm`.
+"""A wide gram on Hopper, the gradient of a base weight or of factors of many ranks: see `hopper_gemm`.
 
 Gathered rows are copied by address, grouped ones loaded by TMA. An expert's last rows, if they do not fill a block,
 are copied too: rows of the next expert, or of none, would be multiplied by zeros but may hold a NaN. The two products

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import call, empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -77,10 +77,12 @@ def _by_hopper(
     weighted: Tensor | None,
 ) -> bool:
     """Whether Hopper's GEMM is there, wants the product, and has computed it."""
-    rank = factor.shape[2]
-    if rank <= NARROW or routing.tile_rows != HOPPER_ROWS or not x.element_size() == factor.element_size() == 2:
+    if factor.shape[2] <= NARROW or routing.tile_rows != HOPPER_ROWS:
         return False
-    if not has_hopper_kernels(gpu(x).architecture):
+    if not x.element_size() == factor.element_size() == 2 or not has_hopper_kernels(gpu(x).architecture):
+        return False
+    # The general kernel has more tiles: where this one's are few, they leave processors idle.
+    if tiles.num_row_tiles(routing.num_slots, routing.num_experts, HOPPER_ROWS) < gpu(x).processors:
         return False
     from .hopper_gemm import hopper_gemm
 
@@ -95,7 +97,6 @@ def _by_hopper(
         bias=None,
         group_m=1,
         a=weighted,
-        columns=HOPPER_COLUMNS if rank > 128 and weighted is None else 128,
         scale=scale,
         row_weights=row_weights,
     )
