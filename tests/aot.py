@@ -316,6 +316,7 @@ ALL_CASES = [
     Case("deep", 512, "bfloat16", 16),
     Case("crowd", 8, "bfloat16", 16),
     *(Case("dropped", rows, "bfloat16", 16) for rows in (8, 128)),
+    Case("dropped", 128, "bfloat16", 32),
     *(Case("gated", rows, "float32", 16) for rows in (8, 128)),
 ]
 
