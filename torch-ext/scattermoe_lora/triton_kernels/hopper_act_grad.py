@@ -152,6 +152,12 @@ def _activate(
 
 
 @gluon.jit
+def _drop(a, key, slots, column, threshold, scale):
+    """``a`` of rows of these slots and these columns after dropout."""
+    return dropped(a.to(gl.float32), key, slots[:, None], column[None, :], threshold, scale).to(a.dtype)
+
+
+@gluon.jit
 def _keep(left, right, d_gate, d_up, HALF: gl.constexpr, part: gl.constexpr, CONCATENATED: gl.constexpr):
     """The gradients of what `_gate_up` read to where that was."""
     ROWS: gl.constexpr = left.shape[0] // 2
@@ -225,8 +231,7 @@ def _derive(
             )
             if seed_ptr is not None:
                 slots = slots_ring.index(stage).slice(0, ROWS // 2).load(gl.SliceLayout(1, HALVES))
-                a_0 = dropped(a_0.to(gl.float32), key, slots[:, None], column[None, :], threshold, drop_scale)
-                a_0 = a_0.to(dh_ptr.dtype.element_ty)
+                a_0 = _drop(a_0, key, slots, column, threshold, drop_scale)
             g.index(2 * HALF).store(a_0)
             _keep(left, right, d_gate_0, d_up_0, HALF, 0, CONCATENATED)
             a_1, d_gate_1, d_up_1, dot_1 = _activate(
@@ -234,8 +239,7 @@ def _derive(
             )
             if seed_ptr is not None:
                 slots = slots_ring.index(stage).slice(ROWS // 2, ROWS // 2).load(gl.SliceLayout(1, HALVES))
-                a_1 = dropped(a_1.to(gl.float32), key, slots[:, None], column[None, :], threshold, drop_scale)
-                a_1 = a_1.to(dh_ptr.dtype.element_ty)
+                a_1 = _drop(a_1, key, slots, column, threshold, drop_scale)
             g.index(2 * HALF + 1).store(a_1)
             _keep(left, right, d_gate_1, d_up_1, HALF, 1, CONCATENATED)
             fence_async_shared()

@@ -286,7 +286,7 @@ def _finish(
     rows, inside = _output_rows(scattered_ptr, first_row, end, ROWS, OUT_SCATTERED)
     if out_ptr is not None:
         store(out_ptr, h, rows * N, inside, column, N // PIECES)
-    if held.shape[0] == 4:
+    if held.shape[0] == 4:  # two outputs of both warpgroups, see `held_outputs`
         store(a_ptr, held_block(held, 2 + PART, step // 2, step % 2), rows * N, inside, column, N)
     if ACTIVATION != "":
         if not HAS_GATE:
@@ -312,11 +312,10 @@ def _finish(
 def _multiply(
     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
     scale, stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr,
-    EXPAND_TMA: gl.constexpr,
-    OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr, BLOCK_R: gl.constexpr,
-    HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr,
-    HAS_GATE: gl.constexpr, PIECES: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SCALED: gl.constexpr,
+    EXPAND_TMA: gl.constexpr, OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr,
+    BLOCK_R: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: the first (PART 0) or second half of every tile's rows."""
     HALF: gl.constexpr = BLOCK_M // 2
@@ -465,8 +464,8 @@ def _hopper_gemm_kernel(
                 (
                     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
                     full, empty, N, K, scale, stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
-                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE,
-                    PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, SCALED,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (
@@ -474,8 +473,8 @@ def _hopper_gemm_kernel(
                 (
                     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
                     full, empty, N, K, scale, stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
-                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE,
-                    PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, SCALED,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
             (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,9 +14,10 @@ from .device import HOPPER_ROWS, gpu, has_hopper_kernels
 from .launch import call, empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
-# Ranks above which Hopper's GEMM makes the product. The four of a step of Qwen3-30B-A3B (8192 tokens) took an H200
-# 224 us for 247 at rank 64, which is not worth four more kernels to compile; 288 for 425 at 128, 454 for 830 at 256.
-NARROW = 64
+# Ranks up to which the general kernel makes the product on Hopper, too; above, Hopper's GEMM. The four of a step of
+# Qwen3-30B-A3B (8192 tokens) took an H200 224 us by that for 247 at rank 64, which is not worth four more kernels to
+# compile; 288 for 425 at 128, 454 for 830 at 256.
+GENERAL_RANK = 64
 
 
 @triton.jit
@@ -66,18 +69,9 @@ def _shrink_kernel(
         tl.store(weighted_ptr + rows[:, None] * R + r[None, :], weighted, mask=inside)
 
 
-def _by_hopper(
-    x: Tensor,
-    factor: Tensor,
-    routing: Routing,
-    out: Tensor,
-    x_fan_out: int,
-    scale: float,
-    row_weights: Tensor | None,
-    weighted: Tensor | None,
-) -> bool:
+def _by_hopper(x: Tensor, factor: Tensor, routing: Routing, out: Tensor, **options: Any) -> bool:
     """Whether Hopper's GEMM is there, wants the product, and has computed it."""
-    if factor.shape[2] <= NARROW or routing.tile_rows != HOPPER_ROWS:
+    if factor.shape[2] <= GENERAL_RANK or routing.tile_rows != HOPPER_ROWS:
         return False
     if not x.element_size() == factor.element_size() == 2 or not has_hopper_kernels(gpu(x).architecture):
         return False
@@ -86,20 +80,7 @@ def _by_hopper(
         return False
     from .hopper_gemm import hopper_gemm
 
-    return hopper_gemm(
-        x,
-        factor,
-        routing,
-        out,
-        x_fan_out=x_fan_out,
-        z=None,
-        expand=None,
-        bias=None,
-        group_m=1,
-        a=weighted,
-        scale=scale,
-        row_weights=row_weights,
-    )
+    return hopper_gemm(x, factor, routing, out, z=None, expand=None, bias=None, group_m=1, **options)
 
 
 def shrink(
@@ -119,10 +100,10 @@ def shrink(
     out = empty(num_slots, R, dtype=factor.dtype, device=factor.device)
     if out.numel() == 0:
         return out
-    if not out_scattered and _by_hopper(x, factor, routing, out, x_fan_out, scale, row_weights, weighted):
-        return out
     if out_scattered:
         call(Tensor.zero_, out)
+    elif _by_hopper(x, factor, routing, out, x_fan_out=x_fan_out, scale=scale, row_weights=row_weights, a=weighted):
+        return out
     tile = tiles.shrink_tile(tiles.block_m(num_slots, num_experts), R, factor.dtype, gpu(x))
     num_tiles = tiles.num_row_tiles(num_slots, num_experts, routing.tile_rows)
     grid = (num_tiles * (routing.tile_rows // tile.block_m), tiles.cdiv(R, tile.block_n))
