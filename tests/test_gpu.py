@@ -132,6 +132,18 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+def spy(monkeypatch, module, name) -> list[tuple[dict, object]]:
+    """A function's calls from now on: their keyword arguments, and what it answered."""
+    original, calls = getattr(module, name), []
+
+    def call(*args, **options):
+        calls.append((options, original(*args, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
 def use_general_kernels(kernel, monkeypatch):
     for name in ("grouped_gemm", "gram", "shrink", "act"):
         monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
@@ -165,38 +177,28 @@ def test_hopper_kernels(kernel, options, monkeypatch):
     for expert, rows in ((0, 128), (1, 64), (2, 30), (4, 129), (6, 148), (7, 65)):
         case.top_k_index.view(-1)[slots[:rows]] = expert
         slots = slots[rows:]
-    used, narrow, shrinks = {}, set(), set()
-    for name in ("hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad", "deal"):
-        # A product's tiles are dealt out where it is launched.
-        home = "hopper_gemm" if name == "deal" else name
-        module = inner(kernel, f"triton_kernels.{home}")
-        answers, original = used.setdefault(name, []), getattr(module, name)
-
-        def call(*args, name=name, answers=answers, original=original, **layout):
-            if "row_weights" in layout and name == "hopper_gemm":
-                shrinks.add(layout["row_weights"] is not None)
-            if name == "hopper_narrow":
-                narrow.add((layout.get("factor") is not None, layout["x_fan_out"]))
-            answers.append(original(*args, **layout))
-            return answers[-1]
-
-        monkeypatch.setattr(module, name, call)
+    gemm = inner(kernel, "triton_kernels.hopper_gemm")
+    names = "hopper_gemm", "hopper_gram", "hopper_narrow", "hopper_act_grad"
+    calls = {name: spy(monkeypatch, inner(kernel, f"triton_kernels.{name}"), name) for name in names}
+    deals = spy(monkeypatch, gemm, "deal")
     replay._programs.clear()
     with few_programs(kernel, monkeypatch):
         got = case.check(kernel, torch.device("cuda"), BOUNDS[case.dtype])
     with torch.no_grad():  # nothing but the activation is stored, and there are as many programs as the GPU runs
         assert torch.equal(kernel.moe_mlp(**case.layer(kernel)[0]), got["output"])
-    assert used["hopper_gemm"] and all(used["hopper_gemm"])
-    gemm = inner(kernel, "triton_kernels.hopper_gemm")
-    assert bool(used["deal"]) == (case.H >= gemm.DEEP)
+    used = {name: {answer for _, answer in calls[name]} for name in names}
+    assert used["hopper_gemm"] == {True}
+    assert bool(deals) == (case.H >= gemm.DEEP)
     wide = "d gate_up_proj" in got or case.r in (128, 144, 256, 320)  # with tiles that are stored 16 bytes at a time
-    assert any(used["hopper_gram"]) == wide and (case.r <= 64 or set(used["hopper_gram"]) <= {wide})
+    assert any(used["hopper_gram"]) == wide and (case.r <= 64 or used["hopper_gram"] <= {wide})
+    shrinks = {layout["row_weights"] is not None for layout, _ in calls["hopper_gemm"] if "row_weights" in layout}
     assert shrinks == ({True, False} if case.r > 64 else set())
     in_one_pass = "d gate_up_proj" not in got and case.has_gate and 0 < case.r <= 32
     in_one_pass &= case.I % 128 == 0 if case.is_concatenated else case.r <= 16
     assert bool(used["hopper_act_grad"]) == in_one_pass
     # Whether a product of the same rows is made with the gram, of gathered ones (2) or grouped ones (0).
     fused, alone = {(True, 2), (True, 0), (False, 2)}, {(False, 2), (False, 0)}
+    narrow = {(layout.get("factor") is not None, layout["x_fan_out"]) for layout, _ in calls["hopper_narrow"]}
     expected = {8: fused, 16: fused, 32: fused, 64: alone}.get(case.r, set())
     if in_one_pass:
         expected = {(True, 2), (False, 2)}
@@ -237,18 +239,12 @@ def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monk
     monkeypatch.setattr(general, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     inner(kernel, "triton_kernels.replay")._programs.clear()
     module = inner(kernel, "triton_kernels.hopper_gemm")
-    original, cleared = module.hopper_gemm, []
     monkeypatch.setattr(module, "DEEP", 0 if dealt else 10**6)
-
-    def call(*args, **layout):
-        computed = original(*args, **layout)
-        cleared.append(computed and layout.get("zero_tail", "scale" in layout))  # no shrink needs to
-        return computed
-
-    monkeypatch.setattr(module, "hopper_gemm", call)
+    calls = spy(monkeypatch, module, "hopper_gemm")
     with few_programs(kernel, monkeypatch):
         got = run()
-    assert cleared and all(cleared)
+    # No shrink needs to.
+    assert calls and all(computed and layout.get("zero_tail", "scale" in layout) for layout, computed in calls)
     no_expert = index.reshape(-1) == E
     assert no_expert.any() and not got[0][no_expert].any() and not got[3][-int(no_expert.sum()) :].any()
     use_general_kernels(kernel, monkeypatch)
@@ -265,13 +261,7 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
     case.top_k_index[torch.rand(700, 2, device="cuda") < 0.2] = E
     arguments, leaves = case.layer(kernel)
     module = inner(kernel, "triton_kernels.hopper_act_grad")
-    original, empty, calls = module.hopper_act_grad, module.empty, []
-
-    def call(*args, **options):
-        calls.append(options["factor"].shape)
-        return original(*args, **options)
-
-    monkeypatch.setattr(module, "hopper_act_grad", call)
+    empty, calls = module.empty, spy(monkeypatch, module, "hopper_act_grad")
 
     def step() -> dict[str, torch.Tensor]:
         inner(kernel, "triton_kernels.replay")._programs.clear()
@@ -301,19 +291,13 @@ def test_hopper_act_grad_keeps_rows_apart(kernel, is_concatenated, monkeypatch):
 def test_hopper_shrink_of_gathered_rows(kernel, monkeypatch):
     """The one that a linear makes of its tokens' rows, and again times their float32 gates."""
     case = Linear(1500, 2, 6, 128, 320, 336, torch.bfloat16, "gates")
-    module = inner(kernel, "triton_kernels.hopper_gemm")
-    original, weighted = module.hopper_gemm, []
-
-    def call(*args, **layout):
-        computed = original(*args, **layout)
-        weighted.append((computed, layout["x_fan_out"], layout.get("row_weights") is not None))
-        return computed
-
-    monkeypatch.setattr(module, "hopper_gemm", call)
+    calls = spy(monkeypatch, inner(kernel, "triton_kernels.hopper_gemm"), "hopper_gemm")
     inner(kernel, "triton_kernels.replay")._programs.clear()
     with few_programs(kernel, monkeypatch):
         got = case.run(kernel, torch.device("cuda"), lambda name, leaf: leaf.float() if name == "gates" else leaf)
-    assert (True, 2, True) in weighted
+    assert any(
+        computed and layout["x_fan_out"] == 2 and layout.get("row_weights") is not None for layout, computed in calls
+    )
     want = case.want(kernel)
     assert all(relative_error(got[name], want[name]) < BOUNDS[torch.bfloat16] for name in want)
 
@@ -333,21 +317,14 @@ def test_hopper_act_grad_with_dropout(kernel, options, monkeypatch):
     sizes = {"T": 700, "H": 512, "I": 256, "E": 6, "k": 2, "r": 16, "dtype": torch.bfloat16, "frozen": BASE}
     case, home = Case(**(sizes | options), home=torch.device("cuda")), torch.device("cuda")
     dropout = {"lora_dropout": 0.3, "dropout_seed": torch.tensor([2**62 + 12345], device=home)}
-    module = inner(kernel, "triton_kernels.hopper_act_grad")
-    original, seeds = module.hopper_act_grad, []
-
-    def call(*args, **options):
-        seeds.append(options["seed"])
-        return original(*args, **options)
-
-    monkeypatch.setattr(module, "hopper_act_grad", call)
+    calls = spy(monkeypatch, inner(kernel, "triton_kernels.hopper_act_grad"), "hopper_act_grad")
 
     def run(function, reference):
         inner(kernel, "triton_kernels.replay")._programs.clear()
         return case.run(kernel, functools.partial(function, **dropout), home, reference)
 
     got, want = run(kernel.moe_mlp, False), run(kernel.reference.moe_mlp, True)
-    assert seeds and all(seed is not None for seed in seeds)
+    assert calls and all(options["seed"] is not None for options, _ in calls)
     # LoRA's part of two gradients is rounded apart from the rest's.
     assert all(relative_error(got[name], want[name]) < 1.2 * BOUNDS[torch.bfloat16] for name in want)
     use_general_kernels(kernel, monkeypatch)
@@ -369,15 +346,8 @@ def test_hopper_act_grad_of_two_ranks(kernel, ranks, monkeypatch):
     up, down = torch.randn(E, 2 * I, H, **options) * H**-0.5, torch.randn(E, H, I, **options) * I**-0.5
     shapes = (E, ranks[0], H), (E, 2 * I, ranks[0]), (E, ranks[1], I), (E, H, ranks[1])
     factors = [torch.randn(shape, **options) * 0.1 for shape in shapes]
-    grad, chunks = torch.randn(T, H, **options), []
-    module = inner(kernel, "triton_kernels.hopper_act_grad")
-    original = module.hopper_act_grad
-
-    def call(*args, **options):
-        chunks.append(options["chunk"])
-        return original(*args, **options)
-
-    monkeypatch.setattr(module, "hopper_act_grad", call)
+    grad = torch.randn(T, H, **options)
+    calls = spy(monkeypatch, inner(kernel, "triton_kernels.hopper_act_grad"), "hopper_act_grad")
 
     def run(dtype, layer):
         leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), weights.clone(), *(f.clone() for f in factors))]
@@ -388,7 +358,7 @@ def test_hopper_act_grad_of_two_ranks(kernel, ranks, monkeypatch):
 
     inner(kernel, "triton_kernels.replay")._programs.clear()
     got = run(torch.bfloat16, kernel.moe_mlp)
-    assert chunks and set(chunks) == {2048}
+    assert {options["chunk"] for options, _ in calls} == {2048}
     for one, want in zip(got, run(torch.float64, kernel.reference.moe_mlp), strict=True):
         assert relative_error(one, want) < BOUNDS[torch.bfloat16]
 
