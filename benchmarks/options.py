@@ -4,9 +4,9 @@
 
     python benchmarks/options.py [--tokens 8192] [--only NAME ...] [--out DIR]     after build
 
-GPU time of a step and of a forward of Qwen3-30B-A3B's sizes, as CUDA graphs that are replayed, as in `sweep.py`; and
-as a multiple of the first row's, which is rank 16 on both projections, frozen base, bfloat16. Each row has kernels of
-its own to compile: some three seconds. Needs a GPU.
+GPU time of a step and of a forward of Qwen3-30B-A3B's sizes, as CUDA graphs that are replayed, as in `sweep.py`, also
+printed as multiples of the first row's, which is rank 16 on both projections, frozen base, bfloat16. Each row has
+kernels of its own to compile: some three seconds. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ ROWS = {
     "base trains, transposed": Options(trains=BASE, layout=TRANSPOSED),
     "transposed": Options(layout=TRANSPOSED),
     "interleaved, gpt-oss's activation": interleaved(),
-    "the same, and biases": interleaved(has_bias=True),
+    "interleaved, gpt-oss's activation, biases": interleaved(has_bias=True),
     "no gate, relu2": Options(layout=(("has_gate", False),), activation="relu2"),
     "gelu": Options(activation="gelu"),
     "one expert has an eighth of the slots": Options(routing="one"),
-    "24 experts have three fifths of them": Options(routing="zipf"),
+    "24 experts have three fifths of the slots": Options(routing="skewed"),
     "half of the experts have none": Options(routing="half"),
     "expert parallel: half of the slots are another's": Options(routing="another's"),
 }
@@ -91,7 +91,7 @@ def route(routing: str, T: int, E: int, k: int) -> Tensor:
         logits[:, 0] += 100
     elif routing == "half":
         logits[:, E // 2 :] -= 100
-    elif routing == "zipf":
+    elif routing == "skewed":
         logits -= 0.5 * torch.arange(1, E + 1, device="cuda").log()
     index = logits.topk(k).indices
     return index if routing != "another's" else torch.where(index < E // 2, index, E)
