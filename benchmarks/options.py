@@ -12,9 +12,7 @@ kernels of its own to compile: some three seconds. Needs a GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 from cases import MODELS
-from run import ROOT, our_kernel, write
+from run import ROOT, has_gpu, new_result, our_kernel, write
 from sweep import graph, median_cold_ms
 from torch import Tensor
 
@@ -148,17 +146,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("SKIPPED: this machine has no GPU. Nothing was measured.", file=sys.stderr)
+    if not has_gpu():
         return 0
     os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "kernels")},
-        "T": arguments.tokens,
-        "rows": {},
-    }
+    result = new_result("torch", "triton", "kernels") | {"T": arguments.tokens, "rows": {}}
     scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     print(f"{'':<50}{'step':>9}{'':>7}{'forward':>9}")
     for name in dict.fromkeys(["rank 16", *arguments.only]):

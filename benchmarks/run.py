@@ -276,6 +276,22 @@ def time_first_call() -> None:
     print(json.dumps({"forward": times[1] - times[0], "backward": times[2] - times[1]}))
 
 
+def has_gpu() -> bool:
+    """Whether there is something to measure; says so if not."""
+    if not torch.cuda.is_available():
+        print("SKIPPED: this machine has no GPU. Nothing was measured.", file=sys.stderr)
+    return torch.cuda.is_available()
+
+
+def new_result(*packages: str) -> dict[str, Any]:
+    """What every result begins with: the day, the GPU, the packages' versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
 def write(result: dict[str, Any], folder: Path, kind: str) -> None:
     """Writes a result, which has a date and a GPU, as JSON of that name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -291,19 +307,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     parser.add_argument("--first-call", action="store_true", help="time only that, in this process: see first_call")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("SKIPPED: this machine has no GPU. Nothing was measured.", file=sys.stderr)
+    if not has_gpu():
         return 0
     if options.first_call:
         time_first_call()
         return 0
-    packages = ("torch", "triton", "transformers", "peft", "kernels")
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "cases": {},
-    }
+    result = new_result("torch", "triton", "transformers", "peft", "kernels") | {"cases": {}}
     header = f"{'case':<10}{'system':<20}{'step':>9}{'forward':>9}{'alone':>9}"
     print(f"{header}{'host':>8}{'held':>8}{'peak':>8}{'TFLOP/s':>9}{'floor':>8}")
     for name in options.cases:

@@ -9,9 +9,7 @@ for all of them. ``of the floor`` is `run.floor_ms` over the time; ``grouped_mm`
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import os
 import statistics
 import sys
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 from cases import MODELS, Model
-from run import ROOT, Layer, floor_ms, write
+from run import ROOT, Layer, floor_ms, has_gpu, new_result, write
 
 MORE_MODELS = (
     Model("DeepSeek-V2-Lite", 64, 6, 2048, 1408),
@@ -97,16 +95,10 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=ALL, default=list(ALL), metavar="NAME")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("SKIPPED: this machine has no GPU. Nothing was measured.", file=sys.stderr)
+    if not has_gpu():
         return 0
     os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton", "kernels")},
-        "models": {},
-    }
+    result = new_result("torch", "triton", "kernels") | {"models": {}}
     scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     print(
         f"{'model':<22}{'T':>6}{'r':>4}{'rows':>7}{'step':>9}{'floor':>7}{'forward':>9}{'floor':>7}{'grouped_mm':>12}"
