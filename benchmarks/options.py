@@ -39,19 +39,15 @@ class Options:
     of_peft: bool = False
     on: tuple[str, ...] = ("up", "down")
     trains: tuple[str, ...] = ("x", "weights")  # beside the adapters, and biases; "up", "down" are the base
-    layout: tuple[tuple[str, bool], ...] = ()
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_gate: bool = True
     has_bias: bool = False
     activation: str = "silu"
     dropout: float = 0.0
     routing: str = "uniform"
 
 
-def interleaved(**options: Any) -> Options:
-    """gpt-oss's activation and order of columns."""
-    return Options(layout=(("is_concatenated", False),), activation=CLAMPED, **options)
-
-
-TRANSPOSED = (("is_transposed", True),)
 BASE = ("x", "weights", "up", "down")
 ROWS = {
     "rank 16": Options(),
@@ -69,11 +65,11 @@ ROWS = {
     "no gradient of the routing weights": Options(trains=("x",)),
     "base trains": Options(trains=BASE),
     "base trains, no adapters": Options(trains=BASE, on=()),
-    "base trains, transposed": Options(trains=BASE, layout=TRANSPOSED),
-    "transposed": Options(layout=TRANSPOSED),
-    "interleaved, gpt-oss's activation": interleaved(),
-    "interleaved, gpt-oss's activation, biases": interleaved(has_bias=True),
-    "no gate, relu2": Options(layout=(("has_gate", False),), activation="relu2"),
+    "base trains, transposed": Options(trains=BASE, is_transposed=True),
+    "transposed": Options(is_transposed=True),
+    "interleaved, gpt-oss's activation": Options(is_concatenated=False, activation=CLAMPED),
+    "interleaved, gpt-oss's activation, biases": Options(is_concatenated=False, activation=CLAMPED, has_bias=True),
+    "no gate, relu2": Options(has_gate=False, activation="relu2"),
     "gelu": Options(activation="gelu"),
     "one expert has an eighth of the slots": Options(routing="one"),
     "24 experts have three fifths of the slots": Options(routing="skewed"),
@@ -99,33 +95,31 @@ def calls(options: Options, T: int) -> tuple[Callable[[], Tensor], Callable[[], 
     """A forward and a step."""
     kernel, model = our_kernel(), MODELS["Qwen3-30B-A3B"]
     E, H, I = model.num_experts, model.hidden_size, model.intermediate_size  # noqa: E741
-    layout = dict(options.layout)
-    N = 2 * I if layout.get("has_gate", True) else I
+    r = options.r
+    N = 2 * I if options.has_gate else I
     torch.manual_seed(0)
 
     def tensor(*shape: int, scale: float, dtype: torch.dtype = options.dtype) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=dtype) * scale
 
     up, down = tensor(E, N, H, scale=H**-0.5), tensor(E, H, I, scale=I**-0.5)
-    if layout.get("is_transposed"):
+    if options.is_transposed:
         up, down = up.mT.contiguous(), down.mT.contiguous()
     weights = torch.rand(T, model.top_k, device="cuda", dtype=options.dtype)
     tensors = {"x": tensor(T, H, scale=1.0), "weights": weights, "up": up, "down": down}
     leaves = [tensors[name].requires_grad_() for name in options.trains]
-    arguments: dict[str, Any] = {"activation": options.activation, **layout}
+    names = "is_transposed", "is_concatenated", "has_gate", "activation"
+    arguments: dict[str, Any] = {name: getattr(options, name) for name in names}
     for name, rows, columns in (("up", N, H), ("down", H, I)):
         projection = "gate_up" if name == "up" else name
         if name in options.on:
             dtype = options.adapter_dtype or options.dtype
-            A = tensor(E * options.r, columns, scale=columns**-0.5, dtype=dtype).requires_grad_()
-            B = tensor(rows, E * options.r, scale=0.1, dtype=dtype).requires_grad_()
-            if options.of_peft:
-                lora = kernel.ExpertLoRA.from_peft(A, B, E, 2.0)
-            else:
-                A, B = A.detach().view(E, -1, columns), B.detach().view(E, rows, -1)
-                lora = kernel.ExpertLoRA(A.requires_grad_(), B.requires_grad_(), 2.0)
+            of_A, of_B = ((E * r, columns), (rows, E * r)) if options.of_peft else ((E, r, columns), (E, rows, r))
+            A = tensor(*of_A, scale=columns**-0.5, dtype=dtype).requires_grad_()
+            B = tensor(*of_B, scale=0.1, dtype=dtype).requires_grad_()
+            lora = kernel.ExpertLoRA
+            arguments[f"{projection}_lora"] = lora.from_peft(A, B, E, 2.0) if options.of_peft else lora(A, B, 2.0)
             leaves += [A, B]
-            arguments[f"{projection}_lora"] = lora
         if options.has_bias:
             leaves.append(tensor(E, rows, scale=0.1).requires_grad_())
             arguments[f"{projection}_proj_bias"] = leaves[-1]
@@ -150,13 +144,12 @@ def main() -> int:
         return 0
     os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
     result = new_result("torch", "triton", "kernels") | {"T": arguments.tokens, "rows": {}}
-    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     print(f"{'':<50}{'step':>9}{'':>7}{'forward':>9}")
     for name in dict.fromkeys(["rank 16", *arguments.only]):
         forward, step = calls(ROWS[name], arguments.tokens)
-        row = {"step": median_cold_ms(graph(step), scratch, 10)}
+        row = {"step": median_cold_ms(graph(step), 10)}
         with torch.no_grad():
-            row["forward"] = median_cold_ms(graph(forward), scratch, 10)
+            row["forward"] = median_cold_ms(graph(forward), 10)
         result["rows"][name] = row
         first = result["rows"]["rank 16"]
         print(

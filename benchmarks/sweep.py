@@ -54,9 +54,10 @@ def graph(call: Callable[[], Any]) -> Callable[[], None]:
     return captured.replay
 
 
-def median_cold_ms(call: Callable[[], Any], scratch: torch.Tensor, repeats: int) -> float:
+def median_cold_ms(call: Callable[[], Any], repeats: int) -> float:
     """Milliseconds of a call, calls following one another, L2 flushed before each."""
     call()
+    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -69,7 +70,7 @@ def median_cold_ms(call: Callable[[], Any], scratch: torch.Tensor, repeats: int)
     return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
-def measure(model: Model, tokens: int, rank: int, scratch: torch.Tensor) -> dict[str, float]:
+def measure(model: Model, tokens: int, rank: int) -> dict[str, float]:
     layer = Layer(model, tokens, rank, 0.0)
     repeats = 10 if model.forward_flops(tokens) < 4e12 else 4
 
@@ -78,13 +79,13 @@ def measure(model: Model, tokens: int, rank: int, scratch: torch.Tensor) -> dict
 
     row: dict[str, float] = {"rows an expert": tokens * model.top_k / model.num_experts}
     ours = layer.ours()
-    row["step"] = median_cold_ms(graph(step(ours)), scratch, repeats)
+    row["step"] = median_cold_ms(graph(step(ours)), repeats)
     with torch.no_grad():
-        row["forward"] = median_cold_ms(graph(ours), scratch, repeats)
+        row["forward"] = median_cold_ms(graph(ours), repeats)
     row["step of the floor"] = floor_ms(layer, 2) / row["step"]
     row["forward of the floor"] = floor_ms(layer, 1) / row["forward"]
     if rank % 8 == 0:  # others it does not take
-        row["grouped_mm step"] = median_cold_ms(step(layer.grouped_mm()), scratch, repeats)
+        row["grouped_mm step"] = median_cold_ms(step(layer.grouped_mm()), repeats)
     return row
 
 
@@ -99,7 +100,6 @@ def main() -> int:
         return 0
     os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
     result = new_result("torch", "triton", "kernels") | {"models": {}}
-    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     print(
         f"{'model':<22}{'T':>6}{'r':>4}{'rows':>7}{'step':>9}{'floor':>7}{'forward':>9}{'floor':>7}{'grouped_mm':>12}"
     )
@@ -107,7 +107,7 @@ def main() -> int:
         result["models"][name] = []
         for tokens in options.tokens:
             for rank in options.ranks:
-                row = measure(ALL[name], tokens, rank, scratch)
+                row = measure(ALL[name], tokens, rank)
                 gc.collect()
                 torch.cuda.empty_cache()
                 result["models"][name].append({"T": tokens, "r": rank, **row})
