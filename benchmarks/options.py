@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from cases import MODELS
 from run import ROOT, has_gpu, new_result, our_kernel, write
-from sweep import graph, median_cold_ms
+from timing import graph, median_cold_ms
 from torch import Tensor
 
 CLAMPED = "clamped_glu(1.702, 7.0, 1.0)"

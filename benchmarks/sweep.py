@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from cases import MODELS, Model
 from run import ROOT, Layer, floor_ms, has_gpu, new_result, write
+from timing import graph, median_cold_ms
 
 MORE_MODELS = (
     Model("DeepSeek-V2-Lite", 64, 6, 2048, 1408),
@@ -39,35 +39,6 @@ MORE_MODELS = (
     Model("gpt-oss-120b", 128, 4, 2880, 2880),
 )
 ALL = MODELS | {model.name: model for model in MORE_MODELS}
-
-
-def graph(call: Callable[[], Any]) -> Callable[[], None]:
-    """A call as a CUDA graph; what it allocates stays the graph's."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        call()
-    return captured.replay
-
-
-def median_cold_ms(call: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds of a call, calls following one another, L2 flushed before each."""
-    call()
-    scratch = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        scratch.zero_()
-        start.record()
-        call()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
 def measure(model: Model, tokens: int, rank: int) -> dict[str, float]:
