@@ -151,7 +151,9 @@ def spy(monkeypatch, module, name) -> list[tuple[dict, object]]:
 
 def use_general_kernels(kernel, monkeypatch):
     for name in ("grouped_gemm", "gram", "shrink", "act"):
-        monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: False)
+        module = inner(kernel, f"triton_kernels.{name}")
+        monkeypatch.setattr(module, "uses_hopper_tiles", lambda tensor, routing: False)
+    monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "has_hopper_kernels", lambda architecture: False)
     inner(kernel, "triton_kernels.replay")._programs.clear()
 
 

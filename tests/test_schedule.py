@@ -77,7 +77,8 @@ def test_short_tiles_go_round(kernel, column_tiles, group_m, programs, rows):
     num_slots = int(offsets[-1]) + 11  # 11 of no expert
     schedule = torch.empty(1, 4, dtype=torch.int32)
     routing = inner(kernel, "types").Routing(torch.empty(num_slots), offsets, schedule, ROWS)
-    dealt = deal(routing, column_tiles, programs, group_m=group_m)
+    num_tiles = inner(kernel, "tiles").num_row_tiles(num_slots, len(rows), ROWS) * column_tiles
+    dealt = deal(routing, num_tiles, column_tiles, programs, group_m=group_m)
 
     expected = [
         [expert, first + (group + row) * ROWS, first + num_rows, column]

@@ -20,7 +20,7 @@ from .. import tiles
 from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
-from .device import HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import gpu, uses_hopper_tiles
 from .gram import partial_sums
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
@@ -279,7 +279,7 @@ def act_grad_grams(
     p: float,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """See `reference.act_grad_grams`: made on Hopper, where the ranks are small."""
-    if has_gate and routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(g).architecture):
+    if has_gate and uses_hopper_tiles(g, routing):
         from . import hopper_act_grad
 
         if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):

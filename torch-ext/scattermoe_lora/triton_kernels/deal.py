@@ -94,14 +94,13 @@ def _deal_kernel(
         tl.store(entry + 3, tl.where(is_short, number, number // of_group), mask=dealt)
 
 
-def deal(routing: Routing, num_column_tiles: int, programs: int, group_m: int) -> Tensor:
+def deal(routing: Routing, num_tiles: int, num_column_tiles: int, programs: int, group_m: int) -> Tensor:
     """int32 ``[1 + n, 4]``: after a row that means nothing, the tile of each program in each of its rounds.
 
     As many tiles as `Routing.tiles` says the experts have, for each column tile, and one without rows where they have
-    none; what follows is not written.
+    none; what follows, up to ``num_tiles``, is not written.
     """
     num_experts = routing.num_experts
-    num_tiles = tiles.num_row_tiles(routing.num_slots, num_experts, routing.tile_rows) * num_column_tiles
     dealt = empty(1 + num_tiles, 4, dtype=routing.tiles.dtype, device=routing.tiles.device)
     groups = tiles.next_power_of_2(num_experts)
     block = min(64, max(1, 16384 // groups))  # as in `route.schedule`

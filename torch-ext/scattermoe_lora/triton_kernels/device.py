@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..tiles import Gpu
+from ..types import Routing
 
 # Tritons whose inner parts are known: with which Hopper's own kernels compile to the same order of waits, arrivals and
 # products, as Gluon changes, and whose launcher in C `starter` calls.
@@ -64,6 +65,11 @@ def use_context() -> None:
 def has_hopper_kernels(architecture: str) -> bool:
     """Whether the kernels in `hopper_gemm`, `hopper_gram`, `hopper_narrow` and `hopper_act_grad` can be used."""
     return architecture == "sm_90" and TRITON in KNOWN_TRITON
+
+
+def uses_hopper_tiles(tensor: Tensor, routing: Routing) -> bool:
+    """Whether these kernels can be used, and rows lie in tiles as they have them: see `tile_rows`."""
+    return routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(tensor).architecture)
 
 
 def tile_rows(expert_offsets: Tensor, num_slots: int, weights: Sequence[Tensor]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tiles
 from ..types import Routing
 from .combine import MAX_BLOCK, combine
-from .device import HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import HOPPER_ROWS, gpu, has_hopper_kernels, uses_hopper_tiles
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
 from .shrink import shrink
@@ -246,9 +246,7 @@ def _hopper_narrow(
 
     It uses no row tiles, but is made for as many rows as tiles of HOPPER_ROWS are.
     """
-    if right is None or right_fan_out != 0 or row_weights is not None or routing.tile_rows != HOPPER_ROWS:
-        return None
-    if not has_hopper_kernels(gpu(left).architecture):
+    if right is None or right_fan_out != 0 or row_weights is not None or not uses_hopper_tiles(left, routing):
         return None
     from . import hopper_narrow
 

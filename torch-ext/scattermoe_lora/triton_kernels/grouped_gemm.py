@@ -21,7 +21,7 @@ from .. import tiles
 from ..operands import tma_can_read
 from ..types import Routing
 from .act import act, constants
-from .device import HOPPER_COLUMNS, HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import HOPPER_COLUMNS, gpu, uses_hopper_tiles
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_tile, tile_rows
 
@@ -192,8 +192,8 @@ def _by_hopper(
     x: Tensor, weight: Tensor, routing: Routing, out: Tensor | None, element_size: int, **options: Any
 ) -> bool:
     """Whether Hopper's own kernel is there, wants the product, and has computed it."""
-    full = routing.tile_rows == HOPPER_ROWS and weight.shape[2] >= HOPPER_COLUMNS
-    if not full or not x.element_size() == element_size == 2 or not has_hopper_kernels(gpu(x).architecture):
+    full = weight.shape[2] >= HOPPER_COLUMNS and x.element_size() == element_size == 2
+    if not full or not uses_hopper_tiles(x, routing):
         return False
     from .hopper_gemm import hopper_gemm
 

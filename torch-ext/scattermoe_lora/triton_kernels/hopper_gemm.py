@@ -561,7 +561,7 @@ def hopper_gemm(
     programs = min(num_tiles, gpu(x).processors)
     dealt = None
     if num_column_tiles > 1 and K >= DEEP and K * num_slots >= DEEP * MANY_ROWS * num_experts:
-        dealt = deal(routing, num_column_tiles, programs, group_m)
+        dealt = deal(routing, num_tiles, num_column_tiles, programs, group_m)
     stages = num_stages(columns, 1 if row_weights is None else 2, gpu(x).shared_memory)
     launch(
         _hopper_gemm_kernel,

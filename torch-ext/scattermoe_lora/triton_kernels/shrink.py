@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..types import Routing
-from .device import HOPPER_ROWS, gpu, has_hopper_kernels
+from .device import HOPPER_ROWS, gpu, uses_hopper_tiles
 from .launch import call, empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -71,9 +71,8 @@ def _shrink_kernel(
 
 def _by_hopper(x: Tensor, factor: Tensor, routing: Routing, out: Tensor, **options: Any) -> bool:
     """Whether Hopper's GEMM is there, wants the product, and has computed it."""
-    if factor.shape[2] <= GENERAL_RANK or routing.tile_rows != HOPPER_ROWS:
-        return False
-    if not x.element_size() == factor.element_size() == 2 or not has_hopper_kernels(gpu(x).architecture):
+    wide = factor.shape[2] > GENERAL_RANK and x.element_size() == factor.element_size() == 2
+    if not wide or not uses_hopper_tiles(x, routing):
         return False
     # The general kernel has more tiles: where this one's are few, they leave processors idle.
     if tiles.num_row_tiles(routing.num_slots, routing.num_experts, HOPPER_ROWS) < gpu(x).processors:
