@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +141,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if not has_gpu():
         return 0
-    os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
     result = new_result("torch", "triton", "kernels") | {"T": arguments.tokens, "rows": {}}
     print(f"{'':<50}{'step':>9}{'':>7}{'forward':>9}")
     for name in dict.fromkeys(["rank 16", *arguments.only]):

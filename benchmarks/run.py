@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times this kernel beside what a user can install instead, in one run, and writes JSON for `benchmarks/plot.py`.
 
-    python benchmarks/run.py [--cases NAME ...] [--systems NAME ...] [--out benchmarks/results]
+    python benchmarks/run.py [--cases NAME ...] [--systems NAME ...] [--out benchmarks/results]     after build
 
 One experts layer, bfloat16, LoRA on both projections, base and routing as in training: the base is frozen, dX and the
 gradients of the routing weights and of the adapter are computed. A step is a forward and a backward. Times are medians
@@ -58,8 +58,10 @@ CASES: dict[str, tuple[str, int, int, float]] = {
 
 
 def our_kernel() -> Any:
+    """This clone's build, if LOCAL_KERNELS names no other."""
     from kernels import get_kernel
 
+    os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
     return get_kernel("org/scattermoe-lora", version=1)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,6 @@ def main() -> int:
     options = parser.parse_args()
     if not has_gpu():
         return 0
-    os.environ.setdefault("LOCAL_KERNELS", f"org/scattermoe-lora={ROOT}")
     result = new_result("torch", "triton", "kernels") | {"models": {}}
     print(
         f"{'model':<22}{'T':>6}{'r':>4}{'rows':>7}{'step':>9}{'floor':>7}{'forward':>9}{'floor':>7}{'grouped_mm':>12}"
