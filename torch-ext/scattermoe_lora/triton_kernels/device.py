@@ -68,7 +68,7 @@ def has_hopper_kernels(architecture: str) -> bool:
 
 
 def uses_hopper_tiles(tensor: Tensor, routing: Routing) -> bool:
-    """Whether these kernels can be used, and rows lie in tiles as they have them: see `tile_rows`."""
+    """Whether Hopper's own kernels can be used, and the routing's rows lie in their tiles: see `tile_rows`."""
     return routing.tile_rows == HOPPER_ROWS and has_hopper_kernels(gpu(tensor).architecture)
 
 
