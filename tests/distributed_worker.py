@@ -143,9 +143,21 @@ def split_model(model: nn.Module, **options: Any) -> Any:
     return split
 
 
+# transformers 5.23 masks ids of others' experts behind the router, not at it, and has tensor parallelism beside it.
+MASKS_BY_PLAN = not hasattr(DistributedConfig, "ep_implementation")
+SAME_TOKENS: dict[str, Any] = {"tp_size": 2, "tp_plan": {}} if MASKS_BY_PLAN else {"tp_size": 2}
+HEADS = {"num_key_value_heads": 2}
+
+
 def expert_parallel_model(**options: Any) -> Any:
     """The tiny model with half of each layer's experts here."""
-    return split_model(tiny_model(FAMILY), ep_size=2, **options)
+    return split_model(tiny_model(FAMILY, **HEADS), ep_size=2, **options)
+
+
+def with_lora(model: Any) -> nn.Module:
+    """PEFT around its experts: PEFT 0.21.2 takes none that a tensor parallel plan names, split by it or not."""
+    model.tp_plan = {name: style for name, style in model.tp_plan.items() if ".experts" not in name}
+    return wrap(model, FAMILY)
 
 
 def tensor_parallel(kernel: Any) -> Iterator[dict[str, Any]]:
@@ -153,38 +165,54 @@ def tensor_parallel(kernel: Any) -> Iterator[dict[str, Any]]:
 
     Without LoRA: PEFT 0.21.2 puts none on experts split so.
     """
-    heads = {"num_key_value_heads": 2}
-    want = train(tiny_model(FAMILY, **heads), [IDS])
-    model = split_model(tiny_model(FAMILY, **heads), tp_size=2)
+    want = train(tiny_model(FAMILY, **HEADS), [IDS])
+    model = split_model(tiny_model(FAMILY, **HEADS), tp_size=2)
     yield {"units of a rank": model.model.layers[0].mlp.experts.down_proj.to_local().shape[-1]}
     kernel.kernelize(model)
     yield errors(train(model, [IDS]), want, mean_loss=False)
     try:
-        wrap(split_model(tiny_model(FAMILY, **heads), tp_size=2), FAMILY)
+        wrap(split_model(tiny_model(FAMILY, **HEADS), tp_size=2), FAMILY)
     except AttributeError as error:
         yield {"PEFT refuses": str(error)}
 
 
-def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
-    """transformers' expert parallelism by masks: every rank has every token, ids of others' experts are sentinels."""
-    want = train(adapted(kernel) if lora else tiny_model(FAMILY), [IDS])
-    plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
-    model = expert_parallel_model(tp_size=2, tp_plan={}, ep_plan=plan)
-    block = model.model.layers[0].mlp
-    absent: list[bool] = []
-    block.gate.register_forward_hook(lambda module, args, out: absent.append(bool((out[2] == 4).any())))
-    yield {"experts of a rank": block.experts.num_experts}
+def one_process(kernel: Any, lora: bool) -> Steps:
+    """What expert parallelism of `expert_parallel_model` must give."""
+    model = tiny_model(FAMILY, **HEADS)
     if lora:
         model = wrap(model, FAMILY)
     kernel.kernelize(model)
+    return train(model, [IDS])
+
+
+def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
+    """transformers' expert parallelism by masks: every rank has every token, ids of others' experts are sentinels."""
+    want = one_process(kernel, lora)
+    plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
+    way: dict[str, Any] = {"ep_plan": plan} if MASKS_BY_PLAN else {"ep_implementation": "all_reduce"}
+    model = expert_parallel_model(**SAME_TOKENS, **way)
+    yield {"experts of a rank": model.model.layers[0].mlp.experts.num_experts}
+    if lora:
+        model = with_lora(model)
+    kernel.kernelize(model)
+    integration = sys.modules[f"{kernel.__name__}.integrations.experts"]
+    moe_mlp = integration.moe_mlp
+    absent: list[bool] = []
+
+    def seen(x: Tensor, up: Tensor, down: Tensor, top_k_index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        absent.append(bool((top_k_index == len(up)).any()))
+        return moe_mlp(x, up, down, top_k_index, *args, **kwargs)
+
+    integration.moe_mlp = seen  # type: ignore[attr-defined]
     yield errors(train(model, [IDS]), want, mean_loss=False)
-    yield {"sentinels seen": len(absent) == STEPS and all(absent)}
+    integration.moe_mlp = moe_mlp  # type: ignore[attr-defined]
+    yield {"sentinels seen": len(absent) == STEPS * LAYERS and all(absent)}
 
 
 def dispatch(kernel: Any) -> Iterator[dict[str, Any]]:
     """The same by sending tokens to their experts' ranks, beside FSDP2 of the rest; against itself without the kernel.
 
-    Not against one process: transformers 5.22.2 halves the experts' gradients here, with or without us.
+    Not against one process: transformers halves the experts' gradients here, with or without us.
     """
     want = train(expert_parallel_model(fsdp_size=2, tp_size=1), my_half())
     for loss, _ in want:
@@ -193,16 +221,22 @@ def dispatch(kernel: Any) -> Iterator[dict[str, Any]]:
     model = expert_parallel_model(fsdp_size=2, tp_size=1)
     kernel.kernelize(model)
     yield errors(train(model, my_half()), want)
-    yield {"loss of one process": relative_error(want[0][0], train(tiny_model(FAMILY), halves())[0][0])}
-    refused = []
-    for sizes in ({"fsdp_size": 2, "tp_size": 1}, {"tp_size": 2, "tp_plan": {}}):
-        model = wrap(expert_parallel_model(**sizes), FAMILY)
-        kernel.kernelize(model)
-        try:
-            model(input_ids=my_half()[0])
-        except NotImplementedError as error:
-            refused.append(str(error))
-    yield {"refused": refused}
+    alone = train(tiny_model(FAMILY, **HEADS), halves())
+    yield {"loss of one process": relative_error(want[0][0], alone[0][0])}
+    model = with_lora(expert_parallel_model(fsdp_size=2, tp_size=1))
+    kernel.kernelize(model)
+    try:
+        model(input_ids=my_half()[0])
+    except NotImplementedError as error:
+        yield {"refused": str(error)}
+
+
+def dispatch_lora(kernel: Any) -> Iterator[dict[str, Any]]:
+    """Tokens sent among ranks that have the same ones: each sends a part of them, and all get every gradient."""
+    want = one_process(kernel, lora=True)
+    model = with_lora(expert_parallel_model(**SAME_TOKENS))
+    kernel.kernelize(model)
+    yield errors(train(model, [IDS]), want, mean_loss=False)
 
 
 def zero3(kernel: Any) -> Iterator[dict[str, Any]]:
@@ -249,6 +283,7 @@ SCENARIOS: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "ep masks": lambda kernel: masks(kernel, lora=False),
     "ep masks lora": lambda kernel: masks(kernel, lora=True),
     "ep dispatch": dispatch,
+    "ep dispatch lora": dispatch_lora,
     "zero3": zero3,
 }
 

@@ -36,6 +36,7 @@ DOCUMENT = ROOT / "docs" / "supported-models.md"
 # Every size that some config of a family has; each config takes those that are its own.
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
+    "unpadded_vocab_size": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -107,6 +108,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "Glm5NextTextExperts": {"index_kpool": 2, "qk_rope_head_dim": 0},
     "GraniteMoeHybridExperts": {"mamba_n_heads": 8},
+    "HYV4VLExperts": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "Lfm2MoeExperts": {"layer_types": ["conv", "full_attention"]},
     "MiMoV2FlashExperts": {"num_key_value_heads": 1},
     # One layer with full attention: two gated delta nets in a row amplify float32 noise to near the bound.

@@ -39,6 +39,19 @@ def test_activations(kernel, device, dtype, name, has_gate, is_concatenated):
 
 
 @every_device
+def test_at_the_limit(kernel, device):
+    """A clamp's gradient at its very limit is what the torch at hand has there, which 2.14 changed."""
+    h = torch.tensor([[g, u] for g in (1.0, 2.0, 3.0) for u in (-3.0, -2.0, 0.0, 2.0, 3.0)], device=device)
+    leaf, wide = h.clone().requires_grad_(), h.double().requires_grad_()
+    gate, up = wide.clamp(max=2.0)[:, 0], wide.clamp(-2.0, 2.0)[:, 1]
+    (want,) = torch.autograd.grad((gate * torch.sigmoid(1.702 * gate) * (up + 1)).sum(), wide)
+    a = kernel.activate(leaf, kernel.reference.clamped_glu(1.702, 2.0, 1.0))
+    (got,) = torch.autograd.grad(a.sum(), leaf)
+    assert_close({"dh": (got, want)}, 2e-6)
+    assert torch.equal(got == 0, want == 0)
+
+
+@every_device
 @pytest.mark.parametrize("rows, units", [(0, 8), (1, 1), (8, 128), (9, 130), (300, 24)])
 def test_sizes_and_strides(kernel, device, rows, units):
     """Columns of a wider tensor, transposed rows, a gradient that is a view: the results of dense ones."""

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 ENGINES = ["ddp", "accelerate"]
 SHARDED = ["fsdp layers", "fsdp layers bf16", "fsdp layers checkpointed", "fsdp wrapper", "fsdp experts"]
-SPLIT = ["tp", "ep masks", "ep masks lora", "ep dispatch"]
+SPLIT = ["tp", "ep masks", "ep masks lora", "ep dispatch", "ep dispatch lora"]
 BOUND = 1e-5
 # Engines that ask torch for a device take a GPU where there is one.
 CPU_ALONE = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -107,7 +107,12 @@ def test_token_dispatch(results):
     """Tokens sent to their experts' ranks: transformers' own gradients; LoRA on the experts is refused in words."""
     check_errors(results["ep dispatch"], losses=3, grads=2 * 25)
     refused = results["ep dispatch"]["refused"]
-    assert len(refused) == 2 and all("LoRA on" in words and "ep_plan" in words for words in refused), refused
+    assert "LoRA on" in refused and "ep_size=tp_size" in refused, refused
+
+
+def test_token_dispatch_with_lora(results):
+    """Where all ranks have the same tokens: as one process, every adapter's gradient on every rank."""
+    check_errors(results["ep dispatch lora"], losses=2, grads=2 * 2 * 4)
 
 
 @pytest.mark.skipif(

@@ -410,6 +410,19 @@ def test_hooks_with_another_experts_implementation(kernel, ran):
     assert not ran.ops and ran.merges > 0
 
 
+def test_lora_handed_over_in_vain(kernel):
+    """A hooked module with another forward, put there since: no output without the adapter, and nothing is left."""
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    kernel.kernelize(model)
+    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    experts.register_forward_pre_hook(lambda *_: None)
+    experts.forward = lambda hidden_states, *_: hidden_states
+    before = set(vars(experts))
+    with pytest.raises(RuntimeError, match="forward of MixtralExperts did not come to use its LoRA"):
+        model(input_ids=tokens())
+    assert set(vars(experts)) == before
+
+
 @pytest.mark.parametrize("with_peft", [False, True])
 def test_hooks_below_a_switched_block(mapped, with_peft):
     """`HFScatterMoEGatedMLP` calls experts that have hooks."""

@@ -11,6 +11,7 @@ from collections import Counter
 import kernels
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import inner
 from numerics import assert_close
@@ -22,7 +23,14 @@ from transformers.integrations import hub_kernels
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe import modeling_olmoe
+from transformers.utils import is_kernels_available
 from transformers.utils import kernel_config as transformers_kernel_config
+
+# `use_kernels` and `KernelConfig`, and the names that transformers gives to classes: 5.23 asks for kernels 0.18.
+integrated = pytest.mark.skipif(
+    not is_kernels_available(),
+    reason=f"transformers {transformers.__version__} does not take kernels {kernels.__version__}",
+)
 
 NAMES = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 
@@ -39,7 +47,7 @@ def mappings(monkeypatch):
     def subclasses(cls):
         return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
-    monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", {})
+    monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", {}, raising=False)
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
         yield
     for cls in subclasses(nn.Module):
@@ -154,9 +162,9 @@ def by_kernel_config(kernel, family, folder):
 WAYS = [
     by_experts_implementation_at_load,
     by_set_experts_implementation,
-    by_use_kernels,
     by_kernels_kernelize,
-    by_kernel_config,
+    pytest.param(by_use_kernels, marks=integrated),
+    pytest.param(by_kernel_config, marks=integrated),
 ]
 
 
@@ -207,6 +215,7 @@ def test_the_mapping_takes_peft_too(kernel, mappings, ran):
     assert not report.left, "our own forward holds nothing against us"
 
 
+@integrated
 def test_the_mapping(kernel, mappings, monkeypatch):
     monkeypatch.setattr(modeling_olmoe.OlmoeExperts, "kernel_layer_name", "Somebodys", raising=False)
     mapping = kernel.kernel_mapping()
@@ -220,6 +229,7 @@ def test_the_mapping(kernel, mappings, monkeypatch):
         kernel.kernel_mapping("no_such_family")
 
 
+@integrated
 def test_the_trap_of_a_kernel_config_of_strings(kernel, mappings, ran, tmp_path, monkeypatch):
     """docs/switching-on.md: given to from_pretrained, transformers maps it for eval alone, and train() puts back the
     original forward; ours as its mapping is for both."""
@@ -256,6 +266,7 @@ class MegaBlocksRepository:
         return MegaBlocks
 
 
+@integrated
 def test_the_trap_of_transformers_own_mapping(kernel, mappings, ran, monkeypatch):
     """docs/switching-on.md: use_kernels registers its own mapping after ours; a kernel_config comes after that."""
     theirs = {"MegaBlocksMoeMLP": {"cpu": MegaBlocksRepository()}}
@@ -273,6 +284,7 @@ def test_the_trap_of_transformers_own_mapping(kernel, mappings, ran, monkeypatch
         assert ran.ops == {"moe_mlp_forward": 2}
 
 
+@integrated
 @pytest.mark.parametrize("with_peft", [False, True])
 def test_gpt_oss_block(kernel, mappings, ran, with_peft):
     """`MegaBlocksMoeMLP`, by the name that transformers gives the class: output and router scores, as the class's."""
@@ -371,6 +383,7 @@ def test_other_experts_classes_are_named(kernel, monkeypatch):
     assert len(report.switched) == 1 and [name for name, _ in report.left] == [NAMES[1]]
 
 
+@integrated
 def test_use_kernels_holds_blocks_that_it_names(kernel, mappings):
     """transformers maps them again at every train() and eval(): a switch would not last, so there is none."""
     model = tiny_model("gpt_oss")

@@ -155,6 +155,10 @@ def activate(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) 
     return value * factor
 
 
+# What passes at a clamp's very limit is the torch at hand's to say: the gradient up to 2.13, nothing from 2.14 on.
+PASSES_AT_LIMIT = torch.__version__ < "2.14"
+
+
 def clamped_glu(alpha: float, limit: float, shift: float) -> str:
     """The activation ``g sigmoid(alpha g) (u + shift)`` of ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``.
 
@@ -187,10 +191,10 @@ def _gate_grad(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tenso
     if parameters is None:
         return ACTIVATIONS[activation][1](gate), 1.0
     alpha, limit, _ = parameters
-    inside = gate <= limit
-    gate = gate.clamp(max=limit)
-    sig = torch.sigmoid(alpha * gate)
-    return sig * (1 + alpha * gate * (1 - sig)) * inside, (up.abs() <= limit).to(up.dtype)
+    inside = torch.le if PASSES_AT_LIMIT else torch.lt
+    clamped = gate.clamp(max=limit)
+    sig = torch.sigmoid(alpha * clamped)
+    return sig * (1 + alpha * clamped * (1 - sig)) * inside(gate, limit), inside(up.abs(), limit).to(up.dtype)
 
 
 def _silu_grad(x: Tensor) -> Tensor:

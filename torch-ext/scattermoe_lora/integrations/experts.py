@@ -16,6 +16,9 @@ from ..types import ExpertLoRA
 # What transformers' @use_experts_implementation sets on every instance: by these an experts module is known.
 FLAGS = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
+# The attribute of an experts module that holds the LoRA of its next call.
+HANDED_OVER = "_scattermoe_lora_factors"
+
 # Activation modules by class name, and functions by theirs, with the fused activation that computes the same.
 ACTIVATIONS = {
     "silu": "silu",
@@ -42,6 +45,7 @@ CLAMPED_GATES = {
     "DeepseekV4Experts": (None, "limit", 0.0),
     "Glm5NextTextExperts": (None, "swiglu_limit", 0.0),
     "HYV4Experts": (None, "swiglu_limit", 0.0),
+    "HYV4VLExperts": (None, "swiglu_limit", 0.0),
 }
 
 
@@ -91,25 +95,36 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     return experts._apply_gate
 
 
-def experts_forward(
-    self: Any,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    loras: Mapping[str, ExpertLoRA] | None = None,
-) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
 
-    ``loras`` are those of a fused wrapper that must call the module, as its hooks or its own forward do something.
-
-    Under PEFT's own forward, which merges LoRA into the weights by a parametrization, the factors are taken from the
-    parametrization: no merged weight is used (torch makes each once, when PEFT registers it; `kernelize` avoids that).
-    Experts that can't be fused (`unsupported`) run their own forward: an experts implementation is chosen for a whole
-    config, which they may share with others that can.
+    LoRA is what `call_with_loras` handed over, once, or none. Under PEFT's own forward, which merges LoRA into the
+    weights by a parametrization, the factors are taken from the parametrization: no merged weight is used (torch makes
+    each once, when PEFT registers it; `kernelize` avoids that). Experts that can't be fused (`unsupported`) run their
+    own forward: an experts implementation is chosen for a whole config, which they may share with others that can.
     """
     if unsupported(self):
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
-    return fused_experts(self, hidden_states, top_k_index, top_k_weights, loras or {})
+    return fused_experts(self, hidden_states, top_k_index, top_k_weights, self.__dict__.pop(HANDED_OVER, {}))
+
+
+def call_with_loras(experts: Any, loras: Mapping[str, ExpertLoRA], *args: Tensor) -> Tensor:
+    """Calls an experts module whose hooks or own forward do something, and which ends in `experts_forward`.
+
+    The factors lie on the module meanwhile: what transformers' expert parallelism puts in between takes three tensors
+    and nothing else.
+
+    Raises:
+        RuntimeError: it did not end there, so that its output is without LoRA.
+    """
+    setattr(experts, HANDED_OVER, loras)
+    try:
+        out = experts(*args)
+    finally:
+        left = experts.__dict__.pop(HANDED_OVER, None)
+    if left is not None:
+        raise RuntimeError(f"scattermoe-lora: the forward of {type(experts).__name__} did not come to use its LoRA")
+    return out
 
 
 def fused_experts(

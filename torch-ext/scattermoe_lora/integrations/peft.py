@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import ExpertLoRA
-from .experts import fused_experts, is_experts, runs_experts_forward, unsupported, up_name
+from .experts import call_with_loras, fused_experts, is_experts, runs_experts_forward, unsupported, up_name
 
 
 def is_param_wrapper(module: object) -> bool:
@@ -36,7 +36,8 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
         loras = _loras(wrappers, experts)
     if loras is not None and (has_hooks([experts]) or experts._is_expert_parallel):
         if runs_experts_forward(experts):
-            return experts(x, *args, loras={name: _of_own_experts(loras[name], experts, name) for name in loras})
+            own = {name: _of_own_experts(loras[name], experts, name) for name in loras}
+            return call_with_loras(experts, own, x, *args)
         loras = None
     if loras is None:
         return type(self).forward(self, x, *args, **kwargs)
@@ -60,11 +61,11 @@ def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     weight = getattr(experts, name)
-    sends_tokens = all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(experts.forward).parameters.values())
-    if sends_tokens or not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
+    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),) or not _shares_batch(experts):
         raise NotImplementedError(
-            f"scattermoe-lora: LoRA on {name} works under expert parallelism where every rank has every token (the "
-            "styles ep_router and moe_tp_experts of transformers' ep_plan), not where tokens are sent to the experts"
+            f"scattermoe-lora: LoRA on {name} works under expert parallelism where all ranks that share out the "
+            "experts have the same tokens (ep_size=tp_size in transformers' DistributedConfig), not where each has "
+            "its own"
         )
     A, B = (
         DTensor.from_local(factor, weight.device_mesh, [Replicate()], run_check=False)
@@ -73,6 +74,20 @@ def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
         for factor in (lora.A, lora.B)
     )
     return ExpertLoRA(A, B, lora.scaling)
+
+
+def _shares_batch(experts: Any) -> bool:
+    """Whether the ranks among which transformers' expert parallelism shares out the experts have the same tokens.
+
+    Known by what the forward that it put on the module keeps: an implementation that says so (from 5.23 on), the
+    meshes between which it sends tokens, or the one mesh of a mask (5.22).
+    """
+    kept = inspect.getclosurevars(experts.forward).nonlocals
+    if "implementation" in kept:
+        return kept["implementation"].shares_batch
+    if "ep_mesh" in kept:
+        return kept["tp_mesh"] is not None and torch.equal(kept["tp_mesh"].mesh, kept["ep_mesh"].mesh)
+    return "mesh" in kept
 
 
 def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:

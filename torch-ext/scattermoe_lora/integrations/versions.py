@@ -10,7 +10,7 @@ import warnings
 TESTED = {
     "torch": ("2.11", "2.13"),
     "triton": ("3.6", "3.9"),
-    "transformers": ("5.22",),
+    "transformers": ("5.22", "5.23", "5.24"),
     "peft": ("0.21",),
     "kernels": ("0.17",),
 }

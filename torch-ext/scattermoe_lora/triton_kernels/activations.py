@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from .. import reference
+
+_PASSES_AT_LIMIT = tl.constexpr(reference.PASSES_AT_LIMIT)
+
 
 @triton.jit
 def act(x, NAME: tl.constexpr):
@@ -64,8 +68,12 @@ def gated_slopes(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
     if NAME == "clamped_glu":
         g = tl.where(gate > LIMIT, LIMIT, gate)
         s = tl.sigmoid(ALPHA * g)
-        slope = tl.where(gate > LIMIT, 0.0, s * (1.0 + ALPHA * g * (1.0 - s)))
-        factor_slope = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, 1.0)
+        if _PASSES_AT_LIMIT:
+            gate_outside, up_outside = gate > LIMIT, (up > LIMIT) | (up < -LIMIT)
+        else:
+            gate_outside, up_outside = gate >= LIMIT, (up >= LIMIT) | (up <= -LIMIT)
+        slope = tl.where(gate_outside, 0.0, s * (1.0 + ALPHA * g * (1.0 - s)))
+        factor_slope = tl.where(up_outside, 0.0, 1.0)
     else:
         slope = act_grad(gate, NAME)
         factor_slope = 1.0
