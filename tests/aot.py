@@ -276,6 +276,14 @@ def _odd(kernel: types.ModuleType, case: Case) -> None:
     t.step(kernel.parallel_linear, t(t.num_tokens, 512), t(NUM_EXPERTS, 512, 64), TOP_K, *order)
 
 
+def _uneven(kernel: types.ModuleType, case: Case) -> None:
+    """Halves of gate and up between whose columns, contiguous in memory, no multiple of 16 bytes lies."""
+    t = _Tensors(kernel, case)
+    up, down = t(NUM_EXPERTS, HIDDEN, 2 * 500, trains=False), t(NUM_EXPERTS, 500, HIDDEN, trains=False)
+    with t.torch.no_grad():
+        kernel.moe_mlp(t.x, up, down, t.ids, t(t.num_tokens, TOP_K), is_transposed=True)
+
+
 def _crowd(kernel: types.ModuleType, case: Case) -> None:
     """As many experts as models have, which the routing kernels' blocks grow with; small ones, to hold them here."""
     t = _Tensors(kernel, case)
@@ -301,6 +309,7 @@ LAYERS = {
     "linear": _linear,
     "crowd": _crowd,
     "odd": _odd,
+    "uneven": _uneven,
 }
 
 # Every tile of the layer that matters most, and the largest and least of the others: 8 rows an expert are multiplied

@@ -96,6 +96,14 @@ def test_odd_sizes_compile(compile_case):
     assert not [c.error for c in compiled if c.error]
 
 
+def test_halves_that_tma_cannot_begin_at(compile_case):
+    """Hopper's product would stop the GPU at up's first column: it makes both in tiles of all columns, and a pass
+    their activation."""
+    compiled = compile_case("sm_90", Case("uneven", 128, "bfloat16", 16))
+    assert {"hopper_gemm", "act"} <= {c.kernel for c in compiled}
+    assert not [c.error for c in compiled if c.error]
+
+
 def test_a_factors_gradient_with_gates_is_hoppers_narrow_gram(compile_case):
     """What a linear saves is times the gates: as weights of the gram's rows they would ask for the general kernel."""
     assert any(c.kernel.startswith("hopper_narrow") for c in compile_case("sm_90", BASE_TRAINS))

@@ -221,6 +221,17 @@ def test_hopper_kernels(kernel, options, monkeypatch):
 
 
 @needs_hopper
+@pytest.mark.parametrize("units", [500, 504])
+def test_hopper_halves_begin_at_16_bytes(kernel, units, monkeypatch):
+    """Where columns of gate and up are contiguous, up's begin at 1000 bytes or at 1008: the former is not for TMA."""
+    case = Case(1100, 512, units, 8, 2, 16, torch.bfloat16, is_transposed=True, home=torch.device("cuda"))
+    calls = spy(monkeypatch, inner(kernel, "triton_kernels.hopper_gemm"), "hopper_gemm")
+    inner(kernel, "triton_kernels.replay")._programs.clear()
+    case.check(kernel, torch.device("cuda"), BOUNDS[torch.bfloat16])
+    assert {answer for options, answer in calls if options.get("activation")} == {units == 504}
+
+
+@needs_hopper
 @pytest.mark.parametrize("dealt", [False, True], ids=["in turn", "dealt out"])
 @pytest.mark.parametrize("all_are", [False, True], ids=["some", "all"])
 def test_hopper_kernels_clear_the_rows_of_no_expert(kernel, all_are, dealt, monkeypatch):

@@ -554,6 +554,10 @@ def hopper_gemm(
         expand_block, expand_tma = _stack(expand, block_r, columns // pieces)
         readable = readable and z_block is not None and expand_block is not None
         readable = readable and z.dtype == expand.dtype == weight.dtype
+    if pieces == 2 and "n" in (w_tma, expand_tma):
+        # Where columns are contiguous TMA begins at multiples of 16 bytes, and up's columns begin at N / 2: elsewhere
+        # an H200 stopped at an illegal instruction.
+        readable = readable and N // 2 * weight.element_size() % 16 == 0
     if not readable or w is None or x.dtype != weight.dtype:
         return False
     num_column_tiles = tiles.cdiv(N, columns)
