@@ -336,7 +336,8 @@ def document(results: dict[Family, Result]) -> str:
         "",
         f"Every experts class of transformers {transformers.__version__} that takes experts implementations: "
         f"{len(results)} classes, {matching} matching.",
-        "Written by `python tests/families.py`, which `tests/test_families.py` holds it to.",
+        "Written by `python tests/families.py`, which `tests/test_families.py` holds it to; `make test` compares the",
+        "classes of the newest transformers, a few more, in the same way.",
         "",
         "Each is run in a tiny random model of its family (float32, CPU, train mode) with PEFT's LoRA (r = 4) on both",
         "projections of every experts module, once as it is and once after `kernelize(model)`. Everything but the two",

@@ -8,8 +8,8 @@ import warnings
 
 # By minor version. Add one when `make test`, or `make test-gpu`, has passed with it.
 TESTED = {
-    "torch": ("2.11", "2.13"),
-    "triton": ("3.6", "3.9"),
+    "torch": ("2.11", "2.13", "2.14"),
+    "triton": ("3.6", "3.8", "3.9"),
     "transformers": ("5.22", "5.23", "5.24"),
     "peft": ("0.21",),
     "kernels": ("0.17",),
