@@ -82,7 +82,7 @@ def _shares_batch(experts: Any) -> bool:
     Known by what the forward that it put on the module keeps: an implementation that says so (from 5.23 on), the
     meshes between which it sends tokens, or the one mesh of a mask (5.22).
     """
-    kept = inspect.getclosurevars(experts.forward).nonlocals
+    kept = inspect.getclosurevars(inspect.unwrap(experts.forward)).nonlocals
     if "implementation" in kept:
         return kept["implementation"].shares_batch
     if "ep_mesh" in kept:
