@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -61,7 +60,8 @@ def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     weight = getattr(experts, name)
-    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),) or not _shares_batch(experts):
+    # With other tokens on each rank transformers shards the experts by FSDP as well, if only over one process.
+    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         raise NotImplementedError(
             f"scattermoe-lora: LoRA on {name} works under expert parallelism where all ranks that share out the "
             "experts have the same tokens (ep_size=tp_size in transformers' DistributedConfig), not where each has "
@@ -74,20 +74,6 @@ def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
         for factor in (lora.A, lora.B)
     )
     return ExpertLoRA(A, B, lora.scaling)
-
-
-def _shares_batch(experts: Any) -> bool:
-    """Whether the ranks among which transformers' expert parallelism shares out the experts have the same tokens.
-
-    Known by what the forward that it put on the module keeps: an implementation that says so (from 5.23 on), the
-    meshes between which it sends tokens, or the one mesh of a mask (5.22).
-    """
-    kept = inspect.getclosurevars(inspect.unwrap(experts.forward)).nonlocals
-    if "implementation" in kept:
-        return kept["implementation"].shares_batch
-    if "ep_mesh" in kept:
-        return kept["tp_mesh"] is not None and torch.equal(kept["tp_mesh"].mesh, kept["ep_mesh"].mesh)
-    return "mesh" in kept
 
 
 def _loras(wrappers: list[Any], experts: Any) -> dict[str, ExpertLoRA] | None:
