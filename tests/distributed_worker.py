@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft.tuners.lora.layer as peft_layer
 import torch
 import torch.distributed as dist
+from conftest import inner
 from kernels import get_kernel
 from numerics import relative_error
 from tiny import tiny_model, tokens, wrap
@@ -30,12 +32,21 @@ LAYERS = 2
 STEPS = 2
 IDS = tokens(4, 13)
 
+# transformers 5.23 masks ids of others' experts behind the router, not at it, and has tensor parallelism beside it.
+MASKS_BY_PLAN = not hasattr(DistributedConfig, "ep_implementation")
+SAME_TOKENS: dict[str, Any] = {"tp_size": 2, "tp_plan": {}} if MASKS_BY_PLAN else {"tp_size": 2}
+
 Steps = list[tuple[Tensor, dict[str, Tensor]]]
+
+
+def tiny() -> nn.Module:
+    """As many key and value heads as ranks that tensor parallelism shares them out to."""
+    return tiny_model(FAMILY, num_key_value_heads=2)
 
 
 def adapted(kernel: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The kernelized tiny model with adapters in float32 on a frozen base of ``dtype``."""
-    model = wrap(tiny_model(FAMILY).to(dtype), FAMILY)
+    model = wrap(tiny().to(dtype), FAMILY)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -143,15 +154,9 @@ def split_model(model: nn.Module, **options: Any) -> Any:
     return split
 
 
-# transformers 5.23 masks ids of others' experts behind the router, not at it, and has tensor parallelism beside it.
-MASKS_BY_PLAN = not hasattr(DistributedConfig, "ep_implementation")
-SAME_TOKENS: dict[str, Any] = {"tp_size": 2, "tp_plan": {}} if MASKS_BY_PLAN else {"tp_size": 2}
-HEADS = {"num_key_value_heads": 2}
-
-
 def expert_parallel_model(**options: Any) -> Any:
     """The tiny model with half of each layer's experts here."""
-    return split_model(tiny_model(FAMILY, **HEADS), ep_size=2, **options)
+    return split_model(tiny(), ep_size=2, **options)
 
 
 def with_lora(model: Any) -> nn.Module:
@@ -165,29 +170,20 @@ def tensor_parallel(kernel: Any) -> Iterator[dict[str, Any]]:
 
     Without LoRA: PEFT 0.21.2 puts none on experts split so.
     """
-    want = train(tiny_model(FAMILY, **HEADS), [IDS])
-    model = split_model(tiny_model(FAMILY, **HEADS), tp_size=2)
+    want = train(tiny(), [IDS])
+    model = split_model(tiny(), tp_size=2)
     yield {"units of a rank": model.model.layers[0].mlp.experts.down_proj.to_local().shape[-1]}
     kernel.kernelize(model)
     yield errors(train(model, [IDS]), want, mean_loss=False)
     try:
-        wrap(split_model(tiny_model(FAMILY, **HEADS), tp_size=2), FAMILY)
+        wrap(split_model(tiny(), tp_size=2), FAMILY)
     except AttributeError as error:
         yield {"PEFT refuses": str(error)}
 
 
-def one_process(kernel: Any, lora: bool) -> Steps:
-    """What expert parallelism of `expert_parallel_model` must give."""
-    model = tiny_model(FAMILY, **HEADS)
-    if lora:
-        model = wrap(model, FAMILY)
-    kernel.kernelize(model)
-    return train(model, [IDS])
-
-
 def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
     """transformers' expert parallelism by masks: every rank has every token, ids of others' experts are sentinels."""
-    want = one_process(kernel, lora)
+    want = train(adapted(kernel) if lora else tiny(), [IDS])
     plan = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": "moe_tp_experts"}
     way: dict[str, Any] = {"ep_plan": plan} if MASKS_BY_PLAN else {"ep_implementation": "all_reduce"}
     model = expert_parallel_model(**SAME_TOKENS, **way)
@@ -195,7 +191,7 @@ def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
     if lora:
         model = with_lora(model)
     kernel.kernelize(model)
-    integration = sys.modules[f"{kernel.__name__}.integrations.experts"]
+    integration = inner(kernel, "integrations.experts")
     moe_mlp = integration.moe_mlp
     absent: list[bool] = []
 
@@ -203,9 +199,8 @@ def masks(kernel: Any, lora: bool) -> Iterator[dict[str, Any]]:
         absent.append(bool((top_k_index == len(up)).any()))
         return moe_mlp(x, up, down, top_k_index, *args, **kwargs)
 
-    integration.moe_mlp = seen  # type: ignore[attr-defined]
-    yield errors(train(model, [IDS]), want, mean_loss=False)
-    integration.moe_mlp = moe_mlp  # type: ignore[attr-defined]
+    with mock.patch.object(integration, "moe_mlp", seen):
+        yield errors(train(model, [IDS]), want, mean_loss=False)
     yield {"sentinels seen": len(absent) == STEPS * LAYERS and all(absent)}
 
 
@@ -221,8 +216,7 @@ def dispatch(kernel: Any) -> Iterator[dict[str, Any]]:
     model = expert_parallel_model(fsdp_size=2, tp_size=1)
     kernel.kernelize(model)
     yield errors(train(model, my_half()), want)
-    alone = train(tiny_model(FAMILY, **HEADS), halves())
-    yield {"loss of one process": relative_error(want[0][0], alone[0][0])}
+    yield {"loss of one process": relative_error(want[0][0], train(tiny(), halves())[0][0])}
     model = with_lora(expert_parallel_model(fsdp_size=2, tp_size=1))
     kernel.kernelize(model)
     try:
@@ -233,7 +227,7 @@ def dispatch(kernel: Any) -> Iterator[dict[str, Any]]:
 
 def dispatch_lora(kernel: Any) -> Iterator[dict[str, Any]]:
     """Tokens sent among ranks that have the same ones: each sends a part of them, and all get every gradient."""
-    want = one_process(kernel, lora=True)
+    want = train(adapted(kernel), [IDS])
     model = with_lora(expert_parallel_model(**SAME_TOKENS))
     kernel.kernelize(model)
     yield errors(train(model, [IDS]), want, mean_loss=False)

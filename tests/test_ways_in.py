@@ -47,7 +47,7 @@ def mappings(monkeypatch):
     def subclasses(cls):
         return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
-    monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", {}, raising=False)
+    monkeypatch.setattr(hub_kernels, "_KERNEL_MAPPING_CACHE", {}, raising=is_kernels_available())
     with kernels.use_kernel_mapping({}, inherit_mapping=False):
         yield
     for cls in subclasses(nn.Module):
