@@ -40,7 +40,7 @@ def test_real_sizes(kernel, name, dtype):
     real_case(name, T, dtype).check(kernel, torch.device("cuda"), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("T", [1, 16, 512])
+@pytest.mark.parametrize("T", [1, 16, 64, 192, 512])
 def test_few_tokens(kernel, T):
     real_case("Qwen3-30B-A3B", T, torch.bfloat16).check(kernel, torch.device("cuda"), BOUNDS[torch.bfloat16])
 
