@@ -108,11 +108,12 @@ def launch(
     key.append(index)
     known = tuple(key)
     recorder = recording.recorder
-    # Fused multiply-adds are asked for: Triton 3.9 warns where they are not, and from 3.10 on leaves them out.
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **constants}
-    if known not in compiled_kernels:
+    compiled = compiled_kernels.get(known)
+    if compiled is None:  # always so in Triton's interpreter, which compiles nothing, and what it runs is not recorded
         names = kernel.arg_names[len(operands) + len(scalars) :]
         assert names == list(constants), f"constants {list(constants)} are not the kernel's {names}"
+        # Fused multiply-adds are asked for: Triton 3.9 warns where they are not, and from 3.10 on leaves them out.
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **constants}
         if recorder is not None:
             stand_ins = map(_stand_in, operands)
             warmup = functools.partial(kernel.warmup, *stand_ins, *scalars, grid=grid, **options)
@@ -120,12 +121,8 @@ def launch(
         else:
             with compile_lock:
                 compiled_kernels[known] = kernel[grid](*operands, *scalars, **options)
-            return None
-    if recorder is not None and (recorder.missing or recorder.looks):
         return None
-    compiled = compiled_kernels[known]
-    if compiled is None:  # Triton's interpreter compiles nothing, and what it runs is not recorded
-        kernel[grid](*operands, *scalars, **options)
+    if recorder is not None and (recorder.missing or recorder.looks):
         return None
     run, tail = compiled.run, (*scalars, *constants.values())  # the first of its attributes, as that loads the binary
     stream = driver.active.get_current_stream(index)
