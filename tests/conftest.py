@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-        patch_the_language_once()
+        quicken_the_interpreter()
     slow = config.getoption("--device") != "cpu"  # a GPU compiles for every new size
     common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     hypothesis.settings.register_profile("few", max_examples=15 if slow else 200, derandomize=True, **common)
@@ -43,17 +46,30 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("there is no build/ to test: run `make build` first", returncode=2)
 
 
-def patch_the_language_once() -> None:
-    """Triton's interpreter looks for builtins to replace at every call of a device function: a third of its time.
+def quicken_the_interpreter() -> None:
+    """Half of the time of Triton's interpreter is not the kernels' arithmetic.
 
-    A launch has replaced those of `triton.language` already; those of `core`, which Triton's own functions use, are
-    never put back, and replaced here.
+    - At every call of a device function it looks for builtins to replace. A launch has replaced those of
+      `triton.language` already; those of `core`, which Triton's own functions use, are never put back, and replaced
+      here.
+    - It computes every sum and product of int32 in int64 too, and compares: sizes at which these overflow would take
+      it days.
+    - It makes the table of numpy's dtypes anew for every array.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     interpreter._patch_lang(tl.sum.fn)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+
+    def np_dtype(dtype: tl.dtype) -> np.dtype:
+        scalar = dtype.scalar  # types of blocks and of pointers have no hash
+        return np.dtype(np.uint64) if scalar.is_ptr() else of_scalar(scalar)
+
+    interpreter._get_np_dtype = np_dtype
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
