@@ -107,6 +107,15 @@ def test_ops_say_what_they_return(kernel, device, has_gate):
         torch.library.opcheck(ops.activate_backward, (da, given, "silu", has_gate, True), test_utils=checks)
 
 
+@every_device
+def test_identity_is_a_new_tensor(kernel, device):
+    h = torch.randn(6, 8, device=device, requires_grad=True)
+    a = kernel.activate(h, "identity", has_gate=False)
+    assert a.data_ptr() != h.data_ptr() and torch.equal(a, h)
+    a.mul_(2).sum().backward()
+    assert torch.equal(h.grad, torch.full_like(h, 2))
+
+
 def test_compiles_without_a_graph_break(kernel):
     compiled = torch.compile(lambda h: kernel.activate(h), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (7, 8, 31):

@@ -281,6 +281,8 @@ WRONG = [
     ("parallel_linear", "k", lambda _: True, TypeError, "int", "bool"),
     ("parallel_linear", "expert_biases", lambda x: x[:, 1:], ValueError, "[E, out]", "out = 7", str((E, I - 1))),
     ("parallel_linear", "gates", lambda x: x[1:], ValueError, "[T, k]", "S = 12", str((T - 1, k))),
+    ("parallel_linear", "gates", lambda x: x[:, :0], ValueError, "k > 0", str((T, 0))),
+    ("parallel_linear", "sorted_expert_idxs", lambda x: x.flip(0), ValueError, "sorted", "from row"),
     ("parallel_linear", "grouped_out", lambda _: True, ValueError, "gates", "False", "True"),
     ("parallel_linear", "grouped_in", lambda _: True, ValueError, "inputs", "[S, in]", "6 rows"),
     ("parallel_linear_lora", "lora_A", lambda _: None, ValueError, "lora_B", "both"),
@@ -291,6 +293,7 @@ WRONG = [
     ("parallel_linear_lora", "lora_B", lambda x: x[:, :-E], ValueError, "lora_A", "E * r", str((I, E * r - E))),
     ("parallel_linear_lora", "scaling", lambda _: None, TypeError, "float", "None"),
     ("parallel_linear_lora", "scaling", lambda _: "0.5", TypeError, "float", "'0.5'"),
+    ("parallel_linear_lora", "scaling", lambda _: float("inf"), ValueError, "finite", "inf"),
     ("parallel_linear", "sorted_scattered_idxs", lambda x: x + 1, ValueError, "[0, S = 12)", "from 1 to 12"),
     ("parallel_linear", "sorted_scattered_idxs", lambda x: x - 1, ValueError, "[0, S = 12)", "from -1 to 10"),
     ("parallel_linear", "expert_offsets", lambda x: x + 1, ValueError, "S = 12", "13]"),
@@ -311,6 +314,7 @@ WRONG = [
     ("ExpertLoRA", "scaling", lambda _: None, TypeError, "float", "None"),
     ("ExpertLoRA", "scaling", lambda _: True, TypeError, "float", "True"),
     ("ExpertLoRA", "scaling", lambda _: torch.tensor(1.0), TypeError, "float", "tensor"),
+    ("ExpertLoRA", "scaling", lambda _: float("nan"), ValueError, "finite", "nan"),
     *(
         row
         for call in ("from_peft", "from_expert_major")
@@ -382,6 +386,30 @@ WRONG = [
 def test_wrong_call(calls, fail, call, name, make, error, words):
     value = make(calls[call][1].get(name))
     _assert_says(fail(call, {name: value}, error), name, *words)
+
+
+def test_more_choices_than_rows_are_counted(kernel):
+    """Of nothing but views of one element."""
+    index, weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    x, up, down = torch.ones(1, 1).expand(2**30, H), torch.ones(E, 2 * I, H), torch.ones(E, H, I)
+    with pytest.raises(
+        ValueError, match=r"top_k_index must be of fewer than 2\*\*31 choices, got shape \(1073741824, 2\)"
+    ):
+        kernel.moe_mlp(x, up, down, index.expand(2**30, 2), weights.expand(2**30, 2))
+
+
+@pytest.mark.parametrize(
+    "sizes, error, words",
+    [
+        ((0, H, I), ValueError, "num_experts must be at least 1, got 0"),
+        ((E, 8.0, I), TypeError, "input_size must be an int, got float"),
+        ((E, H, -1), ValueError, "output_size must be at least 1, got -1"),
+        ((E, H, I, "yes"), TypeError, "bias must be a bool, got 'yes'"),
+    ],
+)
+def test_experts_of_wrong_sizes(kernel, sizes, error, words):
+    with pytest.raises(error, match=f"ParallelExperts: {words}"):
+        kernel.ParallelExperts(*sizes)
 
 
 def test_lora_of_the_wrong_projection(calls, fail):

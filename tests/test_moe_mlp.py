@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from numerics import BASE, BOUNDS, Case, assert_close, relative_error
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 every_device = pytest.mark.every_device
@@ -353,6 +355,35 @@ def test_sentinels_contribute_nothing(kernel, device):
 
 
 @every_device
+def test_sentinels_before_a_norm(kernel, device):
+    """Without work, output or gradient, whatever the norm makes of zeros, and whatever weights they have."""
+    T, H, I, E, k = 9, 16, 8, 4, 3  # noqa: E741
+    torch.manual_seed(0)
+    x, up, down = (torch.randn(*s, device=device) for s in ((T, H), (E, 2 * I, H), (E, H, I)))
+    index = torch.rand(T, E).topk(k).indices.to(device)
+    index[:, 1] = E
+    weights = torch.rand(T, k, device=device)
+    weights[:, 1] = float("inf")
+    leaf = weights.clone().requires_grad_()
+    bias = torch.randn(H, device=device, requires_grad=True)
+
+    def norm(y):
+        return y / y.norm(dim=-1, keepdim=True) + bias
+
+    layer = {"hidden_states": x, "gate_up_proj": up, "down_proj": down, "expert_norm": norm}
+    out = kernel.moe_mlp(top_k_index=index, top_k_weights=leaf, expert_parallel=True, **layer)
+    grads = torch.autograd.grad(out.sum(), [leaf, bias])
+    real = [0, 2]
+    leaf = weights[:, real].requires_grad_()
+    want = kernel.moe_mlp(top_k_index=index[:, real], top_k_weights=leaf, **layer)
+    wants = torch.autograd.grad(want.sum(), [leaf, bias])
+    assert not grads[0][:, 1].any()
+    assert_close(
+        {"output": (out, want), "d weights": (grads[0][:, real], wants[0]), "d bias": (grads[1], wants[1])}, 1e-6
+    )
+
+
+@every_device
 def test_strides(kernel, device):
     """Weights, inputs and adapters of any strides: slices, transposes, expanded tensors, offsets."""
     case = Case(63, 40, 24, 5, 2, 4, dtype=torch.float32)
@@ -468,6 +499,47 @@ def test_double_backward_is_refused(kernel, device):
     (grad,) = torch.autograd.grad(out.pow(2).sum(), x["hidden_states"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused(kernel):
+    """A tangent would be lost without a word; where there is none, a dual level changes nothing."""
+    h = torch.randn(5, 12)
+    case = Case(5, 40, 24, 5, 2, 4, dtype=torch.float32)
+    x = {name: tensor.float() for name, tensor in case.tensors.items()}
+    experts, slots, offsets = kernel.flatten_sort_count(case.top_k_index, 5)
+    calls = {
+        "hidden_states": lambda y: _call(kernel, {**x, "hidden_states": y}, case.top_k_index),
+        "inputs": lambda y: kernel.parallel_linear(y, x["gate_up_proj"].mT, 2, experts, slots, offsets),
+        "h": lambda y: kernel.activate(y),
+    }
+    for name, call in calls.items():
+        value = h if name == "h" else x["hidden_states"]
+        want = call(value)
+        with forward_ad.dual_level():
+            assert torch.equal(call(value), want)
+            with pytest.raises(NotImplementedError, match="jvp"):
+                call(forward_ad.make_dual(value, torch.ones_like(value)))
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.jvp(call, (value,), (torch.ones_like(value),))
+
+
+def test_a_traced_graph_may_be_kept(kernel):
+    """A backward traced without ``retain_graph`` may run with it: so it writes over nothing that it reads."""
+    case = Case(9, 40, 24, 5, 2, 4, dtype=torch.float32)
+    leaves = [tensor.float().requires_grad_() for tensor in case.tensors.values()]
+
+    def call(index, *tensors):
+        return _call(kernel, dict(zip(case.tensors, tensors, strict=True)), index)
+
+    want = torch.autograd.grad(call(case.top_k_index, *leaves).sum(), leaves)
+    graphs = []
+    traced = aot_function(call, fw_compiler=nop, bw_compiler=lambda graph, _: graphs.append(graph) or graph)
+    out = traced(case.top_k_index, *leaves)
+    for keep in (True, False):
+        got = torch.autograd.grad(out.sum(), leaves, retain_graph=keep)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    (backward,) = (node for node in graphs[0].graph.nodes if "moe_mlp_backward" in str(node.target))
+    assert backward.args[-1] is False
 
 
 def test_float64_on_the_cpu(kernel):

@@ -273,6 +273,34 @@ def test_whichever_kernel_is_missing(kernel, replay, options):
         case.check(kernel, torch.device("cpu"))
 
 
+def test_what_writes_over_its_inputs_does_so_on_any_device(kernel, replay, monkeypatch):
+    """A body that can't begin twice is told apart where another device is current, too."""
+    recorded: list[bool] = []
+    record, current = replay._record, [7]
+
+    @contextlib.contextmanager
+    def on(device):
+        current[0] = device.index
+        yield
+
+    def watch(body, tensors, options, missing=None, looks=False):
+        recorded.append(looks)
+        return record(body, tensors, options, missing, looks)
+
+    active = types.SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda index: 0)
+    monkeypatch.setattr(replay, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(replay, "use_context", lambda: None)
+    monkeypatch.setattr(replay, "_record", watch)
+    tensor = torch.zeros(3)
+    on_gpu = types.SimpleNamespace(
+        device=torch.device("cuda", 1), is_cuda=True, data_ptr=lambda: 16, shape=(3,), stride=lambda: (1,),
+        dtype=tensor.dtype, numel=lambda: 3,
+    )  # fmt: skip
+    replay.replay(lambda run, _: [None], (on_gpu,), (), overwrites=True)
+    assert recorded == [True, False]
+
+
 def test_a_forward_may_fit_where_its_backward_does_not(kernel, replay, monkeypatch):
     """Compiling for the backward takes the backward's memory: without it, the forward is computed all the same."""
     launched = inner(kernel, "triton_kernels")

@@ -145,10 +145,10 @@ def _two_scalars(first, second):
 def test_what_triton_compiles_for_follows_from_the_class(kernel, monkeypatch, arrange, backend):
     """A binary is kept by its scalars' classes: scalars of equal classes, in tuples too, have the same one."""
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_target=lambda: backend))
-    classes = inner(kernel, "triton_kernels.launch")._integer_classes
+    classes = inner(kernel, "triton_kernels.launch")._classes
     *_, bind = _two_scalars.create_binder()
     binaries: dict[tuple, Any] = {}
-    values = (0, 1, 2, 16, 40, 48, 2**31 - 1, 2**31, 2**31 + 5, 2**40, 0.5)
+    values = (0, 1, 2, 16, 40, 48, 2**31 - 1, 2**31, 2**31 + 5, 2**40, 0.5, 2.0, 16.0)
     for scalars in itertools.starmap(arrange, itertools.product(values, values)):
         _, binary, _ = bind(*scalars, debug=False)
         assert binaries.setdefault(classes(scalars), binary) == binary, scalars

@@ -15,11 +15,13 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import inner
 from numerics import assert_close
+from peft import LoraConfig, get_peft_model
 from test_transformers import BOUND, Ran, check_same
 from tiny import loss_and_grads, tiny_model, tokens, wrap
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM, KernelConfig
-from transformers.integrations import hub_kernels
+from transformers.integrations import hub_kernels, moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe import modeling_olmoe
@@ -113,6 +115,101 @@ def test_unkernelize_brings_back_what_was_chosen(kernel, chosen):
     assert kernel.kernelize(model).switched[0].replaced == "grouped_mm"
     kernel.unkernelize(model)
     assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_one_config_switched_in_parts(kernel):
+    """Layer by layer, the layers again as a model, or two models of one config: off is what there was."""
+    model = tiny_model("mixtral")
+    for part in (*model.model.layers, model):
+        kernel.kernelize(part)
+    assert kernel.unkernelize(model) == tuple(NAMES) and untouched(model)
+    other = tiny_model("mixtral")
+    for layer in other.model.layers:
+        layer.mlp.experts.config = model.config
+    for part in (model, other):
+        kernel.kernelize(part)
+    for part in (other, model):
+        kernel.unkernelize(part)
+    assert untouched(model) and untouched(other)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wrapper", [checkpoint_wrapper, lambda experts: torch.compile(experts, backend="eager")])
+def test_wrapped_experts(kernel, ran, wrapper, when):
+    """What wraps experts has their attributes as well: the experts inside are switched, and that is undone."""
+    ids = tokens()
+    want = loss_and_grads(tiny_model("mixtral"), ids)
+    model = tiny_model("mixtral")
+    if when == "before":
+        kernel.kernelize(model)
+    for layer in model.model.layers:
+        layer.mlp.experts = wrapper(layer.mlp.experts)
+    if when == "after":
+        report = kernel.kernelize(model)
+        assert [entry.experts_class for entry in report.switched] == ["MixtralExperts"] * 2 and not report.left
+    with ran:
+        logits, grads = loss_and_grads(model, ids)
+    assert ran.ops["moe_mlp_backward"] == 2
+    assert_close({"logits": (logits, want[0])}, BOUND)
+    assert_close({name: (grad, want[1][name]) for name, grad in zip(want[1], grads.values(), strict=True)}, BOUND)
+    assert len(kernel.unkernelize(model)) == 2 and model.config._experts_implementation == "grouped_mm"
+    left = [name for module in model.modules() for name in vars(module) if "scattermoe" in name]
+    assert not left and not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_experts_that_peft_saves_whole(kernel, ran, when):
+    """``modules_to_save=["experts"]``: PEFT trains a copy of them, and its wrapper is no experts module."""
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}
+    model = tiny_model("mixtral")
+    torch.manual_seed(4)
+    want = loss_and_grads(get_peft_model(model, LoraConfig(**options)), tokens())
+    model = tiny_model("mixtral")
+    if when == "before":
+        kernel.kernelize(model)
+    torch.manual_seed(4)
+    model = get_peft_model(model, LoraConfig(**options))
+    if when == "after":
+        assert {entry.experts_class for entry in kernel.kernelize(model).switched} == {"MixtralExperts"}
+    with ran:
+        check_same(loss_and_grads(model, tokens()), want)
+    assert ran.ops["moe_mlp_backward"] == 2
+    kernel.unkernelize(model)
+    assert untouched(model)
+
+
+def test_a_gate_without_numbers_is_the_modules_own(kernel):
+    """Where nothing is clamped there is nothing to fuse, and the report is of all modules or there is none."""
+    model = tiny_model("gpt_oss")
+    model.model.layers[1].mlp.experts.limit = None
+    assert [entry.activation for entry in kernel.kernelize(model).switched] == ["clamped_glu(1.702, 7.0, 1.0)", "own"]
+
+
+@pytest.mark.parametrize("call", ["kernelize", "unkernelize"])
+@pytest.mark.parametrize("model", [None, "Qwen/Qwen3-30B-A3B", []])
+def test_no_model(kernel, call, model):
+    with pytest.raises(TypeError, match=f"{call}: model must be a torch.nn.Module, got {type(model).__name__}"):
+        getattr(kernel, call)(model)
+
+
+def test_names_that_register_refuses(kernel):
+    """Transformers' own implementations stay what they are, for everybody in the process."""
+    known = dict(moe.ALL_EXPERTS_FUNCTIONS)
+    for name in ("grouped_mm", "eager", ""):
+        with pytest.raises(ValueError, match=f"register: name must be none of transformers' own.* got '{name}'"):
+            kernel.register(name)
+    with pytest.raises(TypeError, match="register: name must be a str, got int"):
+        kernel.register(3)
+    assert dict(moe.ALL_EXPERTS_FUNCTIONS) == known
+
+
+def test_families_that_there_are_not(kernel):
+    with pytest.raises(ImportError, match="kernel_mapping: model_types must be families.* got 'Qwen/Qwen3-30B-A3B'"):
+        kernel.kernel_mapping("Qwen/Qwen3-30B-A3B")
+    with pytest.raises(ImportError, match="got 'no_such_family'"):
+        kernel.kernel_mapping("no_such_family")
+    with pytest.raises(TypeError, match="kernel_mapping: model_types must be strings, got NoneType"):
+        kernel.kernel_mapping(None)
 
 
 def test_only_the_config_of_the_experts_changes(kernel):
@@ -225,8 +322,6 @@ def test_the_mapping(kernel, mappings, monkeypatch):
     assert GptOssMLP.kernel_layer_name == "MegaBlocksMoeMLP"
     assert modeling_olmoe.OlmoeExperts.kernel_layer_name == "Somebodys", "a class that has a name keeps it"
     assert not hasattr(nn.Linear, "kernel_layer_name")
-    with pytest.raises(ImportError, match="no_such_family"):
-        kernel.kernel_mapping("no_such_family")
 
 
 @integrated

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .checks import FLOATS, Arguments
+from .checks import FLOATS, Arguments, needs_autograd
 from .reference import ACTIVATIONS, clamped_glu_parameters
 
 
@@ -42,7 +42,7 @@ def activate(h: Tensor, activation: str = "silu", *, has_gate: bool = True, is_c
 
 def activate_rows(h: Tensor, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
     """`activate`; arguments are taken as checked."""
-    if torch.is_grad_enabled() and h.requires_grad:
+    if needs_autograd([h]):
         return _Activate.apply(h, activation, has_gate, is_concatenated)
     return ops.activate(h, activation, has_gate, is_concatenated)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .types import A_by_expert, B_by_expert, ExpertLoRA, check_scaling, check_width
 
@@ -20,9 +24,26 @@ def probability(function: str, name: str, value: object) -> float:
     return float(value)
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a call may be written down, to run later on other tensors: `torch.compile`, `make_fx`, AOT autograd."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(type(tensor) is not Tensor for tensor in tensors)
+
+
+def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd must see a call: for a gradient, or to refuse a forward-mode derivative, which it has not.
+
+    Below autograd a tensor's tangent would be lost without a word.
+    """
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def _values_are_at_hand(tensor: Tensor) -> bool:
     """Whether a look at a tensor's values costs no device sync and no graph break."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not is_traced(tensor)
 
 
 class Arguments:
@@ -107,7 +128,7 @@ class Arguments:
     ) -> ExpertLoRA:
         """The same, viewed by expert."""
         A, B = self.factors(lora_A, lora_B, scaling, in_symbol, out_symbol)
-        return ExpertLoRA(A_by_expert(A, self.size("E")), B_by_expert(B, self.size("E")), scaling)
+        return ExpertLoRA(A_by_expert(A, self.size("E")), B_by_expert(B, self.size("E")), float(scaling))
 
     def count(self, name: str, value: object) -> int:
         """Checks a count: an int of at least 1."""
@@ -125,16 +146,18 @@ class Arguments:
         self.sizes[symbol] = (size, source)
 
     def expert_ids(self, name: str, ids: Tensor, num_experts: int, allow_sentinels: bool) -> None:
-        """Checks the range where it costs no device sync: on the CPU."""
+        """Checks how many there are and, where it costs no device sync, on the CPU, their range."""
+        if ids.numel() >= 2**31:  # rows are counted in int32
+            raise self.fail(name, "of fewer than 2**31 choices", f"shape {tuple(ids.shape)}")
         if not _values_are_at_hand(ids) or ids.numel() == 0:
             return
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (high >= num_experts and not allow_sentinels):
             raise self.fail(name, f"in [0, E = {num_experts})", f"ids from {low} to {high}")
 
-    def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor) -> None:
+    def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor, expert_idxs: Tensor | None = None) -> None:
         """Checks that a routing stays within its slots, where it costs no device sync: on the CPU."""
-        self.slots(scattered_idxs)
+        self.slots(scattered_idxs, expert_idxs)
         if not _values_are_at_hand(scattered_idxs):
             return
         slots, previous = scattered_idxs.shape[0], 0

@@ -90,7 +90,7 @@ def scatter2scatter_lora_dX(
     args.tensor("W", W, ("E", "K", "N"), (DY.dtype,))
     _check(args, "DY", sorted_expert_idxs, sorted_scattered_idxs, k, dy_grouped, out, "K", DY.dtype)
     lora = args.expert_major(lora_A, lora_B, scaling, "K", "N")
-    swapped = ExpertLoRA(lora.B.mT, lora.A.mT, scaling)
+    swapped = ExpertLoRA(lora.B.mT, lora.A.mT, lora.scaling)
     return _gemm(DY, W.mT, sorted_expert_idxs, sorted_scattered_idxs, k, swapped, None, dy_grouped, dx_grouped, out)
 
 
@@ -162,10 +162,10 @@ def group_bwd_lora(
     routing = _grouped_routing(args, X, expert_offsets)
     run = backend.of(X)
     dA, dB = torch.empty_like(lora_A), torch.empty_like(lora_B)
-    views = ExpertLoRA.from_expert_major(dA, dB, E, scaling)
+    views = ExpertLoRA.from_expert_major(dA, dB, E, lora.scaling)
     ((A, B),) = run.in_factors(X.dtype, (lora.A, lora.B))
-    xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=scaling)
-    u = run.shrink_gram(DY, B, xa, routing, views.B, x_fan_out=0, scale=scaling)
+    xa = run.shrink(X, A.mT, routing, x_fan_out=0, scale=lora.scaling)
+    u = run.shrink_gram(DY, B, xa, routing, views.B, x_fan_out=0, scale=lora.scaling)
     run.gram(X, u, routing, views.A.mT, left_fan_out=0)
     return dA, dB
 

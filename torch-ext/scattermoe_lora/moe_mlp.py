@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .activation import activate_rows, fused_names, is_fused
-from .checks import FLOATS, INTEGERS, Arguments, probability
+from .checks import FLOATS, INTEGERS, Arguments, is_traced, needs_autograd, probability
 from .parallel_linear import expert_linear, flatten_sort_count
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import ExpertLoRA
@@ -131,6 +131,7 @@ def moe_mlp(
             expert_norm,
             lora_dropout,
             dropout_seed,
+            expert_parallel,
             args,
         )
 
@@ -153,17 +154,17 @@ def moe_mlp(
         activation,
         lora_dropout,
     )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_autograd(tensors):
         return _MoeMlp.apply(flags, top_k_index, dropout_seed, *tensors)
     return ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, [])[0]
 
 
-def _graph_is_freed() -> bool:
+def _graph_is_freed(*tensors: Tensor) -> bool:
     """Whether what was saved for the running backward is of no use after it: without ``retain_graph``, in eager mode.
 
     A third of a step's peak is the gradient of ``h``, which then needs no memory of its own.
     """
-    if torch.compiler.is_compiling():  # a traced op does not write over its inputs
+    if is_traced(*tensors):  # a traced op does not write over its inputs, as a graph may be kept when it runs
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # since torch 2.5
     return keeps_graph is not None and not keeps_graph()
@@ -172,7 +173,7 @@ def _graph_is_freed() -> bool:
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, top_k_index, dropout_seed, *tensors):
-        needs = list(ctx.needs_input_grad[3:])
+        needs = list(ctx.needs_input_grad[3:]) if any(ctx.needs_input_grad) else []
         out, *saved = ops.moe_mlp_forward(*tensors, top_k_index, dropout_seed, *flags, needs)
         ctx.save_for_backward(*tensors, top_k_index, dropout_seed, *saved)
         ctx.flags = flags
@@ -183,9 +184,9 @@ class _MoeMlp(torch.autograd.Function):
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[3:])
         saved = ctx.saved_tensors
-        overwrite = _graph_is_freed()
+        h = saved[-6]  # see `moe_mlp_forward`
+        overwrite = _graph_is_freed(dout, h)
         if overwrite:
-            h = saved[-6]  # see `moe_mlp_forward`
             torch.autograd.graph.increment_version(h)  # so that a second try, if this one fails, is torch's error
         grads = iter(ops.moe_mlp_backward(dout, *saved, *ctx.flags, needs, overwrite))
         return (None, None, None, *(next(grads) if need else None for need in needs))
@@ -219,10 +220,15 @@ def _composed(
     expert_norm: Callable[[Tensor], Tensor] | None,
     lora_dropout: float,
     dropout_seed: Tensor | None,
+    expert_parallel: bool,
     args: Arguments,
 ) -> Tensor:
     """The same layer with any activation and norm: two fused linears, and the functions between and after them."""
     num_experts, k = w_up.shape[0], top_k_index.shape[1]
+    no_expert = None
+    if expert_parallel:
+        no_expert = (top_k_index < 0) | (top_k_index >= num_experts)
+        top_k_weights = top_k_weights.masked_fill(no_expert, 0.0)
     _, scattered_idxs, expert_offsets = flatten_sort_count(top_k_index, num_experts)
     order = (scattered_idxs, expert_offsets)
 
@@ -246,6 +252,8 @@ def _composed(
         a, w_down, 1, down_lora, DROPPED_ACTIVATION, scattered_idxs, bias=down_proj_bias, gates=gates, grouped_in=True
     )
     if expert_norm is not None:
+        if no_expert is not None:  # ones for zeros, which a norm may divide by
+            out = out.masked_fill(no_expert.reshape(-1, 1), 1.0)
         y = args.tensor("expert_norm(y)", expert_norm(out), ("S", "H"), FLOATS)
         out = (y.view(-1, k, y.shape[1]) * top_k_weights[:, :, None]).sum(1)
     return out.to(hidden_states.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import Arguments
 from .parallel_linear import parallel_linear, parallel_linear_lora
 from .types import ExpertLoRA
 
@@ -22,6 +23,10 @@ class ParallelExperts(nn.Module):
 
     def __init__(self, num_experts: int, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
+        args = Arguments("ParallelExperts")
+        for name, size in (("num_experts", num_experts), ("input_size", input_size), ("output_size", output_size)):
+            args.count(name, size)
+        args.flag("bias", bias)
         self.num_experts = num_experts
         self.input_size = input_size
         self.output_size = output_size

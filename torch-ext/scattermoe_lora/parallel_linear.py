@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .checks import FLOATS, INTEGERS, Arguments
+from .checks import FLOATS, INTEGERS, Arguments, needs_autograd
 from .types import ExpertLoRA
 
 
@@ -142,7 +142,7 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Ten
 
 def _linear(tensors: Tensors, routing: tuple[Tensor, Tensor], flags: tuple[int, float, bool, bool]) -> Tensor:
     """The differentiable function behind all; of ``tensors`` the factors are by expert, or expert-major as given."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_autograd(tensors):
         return _ExpertLinear.apply(flags, routing, *tensors)
     return ops.parallel_linear_forward(*tensors, *routing, *flags, [])[0]
 
@@ -150,7 +150,7 @@ def _linear(tensors: Tensors, routing: tuple[Tensor, Tensor], flags: tuple[int, 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, routing, *tensors):
-        needs = list(ctx.needs_input_grad[2:])
+        needs = list(ctx.needs_input_grad[2:]) if any(ctx.needs_input_grad) else []
         out, *saved = ops.parallel_linear_forward(*tensors, *routing, *flags, needs)
         ctx.save_for_backward(*tensors, *saved, *routing)
         ctx.flags = flags
@@ -187,7 +187,7 @@ def _check(
     if args.size("rows") * fan_out != args.size("S"):
         got = f"{args.size('rows')} rows for k = {k} and S = {args.size('S')}"
         raise args.fail("inputs", "[S, in] if grouped_in else [S / k, in]", got)
-    args.routing(sorted_scattered_idxs, expert_offsets)
+    args.routing(sorted_scattered_idxs, expert_offsets, sorted_expert_idxs)
 
 
 def _check_rest(args: Arguments, expert_biases: Tensor | None, gates: Tensor | None, grouped_out: bool) -> None:
@@ -196,7 +196,8 @@ def _check_rest(args: Arguments, expert_biases: Tensor | None, gates: Tensor | N
         args.tensor("expert_biases", expert_biases, ("E", "out"), FLOATS)
     if gates is not None:
         args.tensor("gates", gates, ("T", "choices"), FLOATS)
-        if args.size("T") * args.size("choices") != args.size("S"):
-            raise args.fail("gates", f"[T, k] with T * k = S = {args.size('S')}", f"shape {tuple(gates.shape)}")
+        if args.size("choices") == 0 or args.size("T") * args.size("choices") != args.size("S"):
+            must = f"[T, k] with k > 0 and T * k = S = {args.size('S')}"
+            raise args.fail("gates", must, f"shape {tuple(gates.shape)}")
         if grouped_out:
             raise args.fail("grouped_out", "False with gates, which sum rows in token order", True)

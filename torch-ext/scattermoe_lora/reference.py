@@ -213,7 +213,7 @@ def _gelu_tanh_grad(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "identity": (lambda x: x, torch.ones_like),
+    "identity": (torch.clone, torch.ones_like),
     "silu": (F.silu, _silu_grad),
     "gelu": (F.gelu, _gelu_grad),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_grad),
@@ -588,10 +588,10 @@ def combine(
         expert_ids: ``[S]``; slots whose id is outside ``[0, num_experts)`` are not read. None reads all.
     """
     terms = y.to(_acc_dtype(y.dtype))
-    if expert_ids is not None:
-        terms = torch.where(((expert_ids >= 0) & (expert_ids < num_experts))[:, None], terms, 0.0)
     if weights is not None:
         terms = terms * weights[:, None].to(terms.dtype)
+    if expert_ids is not None:  # after the weights: 0 * Inf would be NaN
+        terms = torch.where(((expert_ids >= 0) & (expert_ids < num_experts))[:, None], terms, 0.0)
     return out.copy_(terms.view(out.shape[0], fan_out, y.shape[1]).sum(1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -163,9 +164,11 @@ def peft_B_by_expert(B: Tensor, num_experts: int) -> Tensor:
 
 
 def check_scaling(function: str, scaling: object) -> None:
-    """Raises if it is not a number."""
+    """Raises if it is not a finite number."""
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{function}: scaling must be a float, got {scaling!r}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"{function}: scaling must be finite, got {scaling!r}")
 
 
 def _check_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> None:

@@ -50,8 +50,12 @@ CLAMPED_GATES = {
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is an experts class of transformers, in any layout."""
-    return all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")
+    """Whether a module is an experts class of transformers, in any layout.
+
+    Its flags are its own: what wraps experts (PEFT's `ModulesToSaveWrapper`, torch's checkpoints, FSDP) has those of
+    the module inside as well, which is the one to switch.
+    """
+    return all(flag in vars(module) for flag in FLAGS) and hasattr(module, "down_proj")
 
 
 def runs_experts_forward(experts: Any) -> bool:
@@ -91,7 +95,9 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     clamped = next((CLAMPED_GATES[c.__name__] for c in type(experts).__mro__ if c.__name__ in CLAMPED_GATES), None)
     if clamped is not None and name in (None, "silu"):
         alpha, limit, shift = clamped
-        return clamped_glu(1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit), shift)
+        numbers = 1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit)
+        if all(isinstance(number, (int, float)) for number in numbers):
+            return clamped_glu(*numbers, shift)
     return experts._apply_gate
 
 

@@ -80,11 +80,18 @@ def register(name: str = IMPLEMENTATION) -> str:
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
+        TypeError: the name is no string.
+        ValueError: it is empty, or one of transformers' own.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"register: name must be a str, got {type(name).__name__}")
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise ImportError("scattermoe-lora: register needs transformers with experts implementations (5.0)") from error
+    known = ALL_EXPERTS_FUNCTIONS.get(name)
+    if name in ("", "eager") or getattr(known, "__module__", "").startswith("transformers."):
+        raise ValueError(f"register: name must be none of transformers' own experts implementations, got {name!r}")
     warn_of_untested()
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     return name
@@ -114,9 +121,11 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
         A `Report`; ``print`` it to see which modules were taken, which not and why.
 
     Raises:
+        TypeError: ``model`` is no module.
         TypeError, ValueError: ``lora_dropout`` is no probability below 1.
         ValueError: no experts module could be switched.
     """
+    _check_model("kernelize", model)
     lora_dropout = probability("kernelize", "lora_dropout", lora_dropout)
     warn_of_untested()
     modules: dict[str, Any] = dict(model.named_modules())
@@ -148,7 +157,7 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
     for name, _ in taken:
         experts = modules[name]
         chosen = experts.config._experts_implementation
-        if chosen != IMPLEMENTATION or not hasattr(experts, "_scattermoe_lora_replaced"):
+        if chosen != IMPLEMENTATION or "_scattermoe_lora_replaced" not in vars(experts):
             experts._scattermoe_lora_replaced = chosen
         experts._scattermoe_lora_dropout = lora_dropout
     return Report(tuple(_switch(modules, name, outer_name) for name, outer_name in taken), tuple(left))
@@ -160,11 +169,17 @@ def unkernelize(model: nn.Module) -> tuple[str, ...]:
     Returns:
         The paths of the experts modules that run again what they ran before; empty for a model that was not
         kernelized.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    _check_model("unkernelize", model)
     restored = []
     for name, module in model.named_modules():
-        if hasattr(module, "_scattermoe_lora_replaced"):
-            module.config._experts_implementation = {"": module._scattermoe_lora_replaced}
+        if "_scattermoe_lora_replaced" in vars(module):
+            # Ours gave way to itself where a module's config had been switched with another module.
+            if module._scattermoe_lora_replaced != IMPLEMENTATION:
+                module.config._experts_implementation = {"": module._scattermoe_lora_replaced}
             del module._scattermoe_lora_replaced, module._scattermoe_lora_dropout
             restored.append(name)
         if is_param_wrapper(module) and _function(module.__dict__.get("forward")) is param_wrapper_forward:
@@ -173,6 +188,11 @@ def unkernelize(model: nn.Module) -> tuple[str, ...]:
             if isinstance(hook, _FuseLater):
                 del module._forward_pre_hooks[key]
     return tuple(restored)
+
+
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _parent(name: str) -> str:
@@ -206,7 +226,8 @@ def _held(modules: dict[str, Any], name: str, outer_name: str, uses_kernels: boo
         # What transformers' tensor and expert parallelism puts there calls the forward that was there.
         if source.partition(".")[0] == __name__.partition(".")[0] or source.startswith("transformers.distributed."):
             continue
-        if function is not None and function is not _function(type(module).forward):
+        # A module that torch compiled calls the one inside.
+        if function not in (None, nn.Module.__call__, _function(type(module).forward)):
             return f"{what} runs {function.__module__}.{function.__qualname__}, which stays; take it off first"
         layer = getattr(type(module), "kernel_layer_name", None)
         if uses_kernels and layer not in (None, EXPERTS_NAME, WRAPPER_NAME):

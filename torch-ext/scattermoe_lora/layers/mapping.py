@@ -43,13 +43,14 @@ def kernel_mapping(*model_types: str) -> dict[str, dict[str, Layer]]:
 
     Raises:
         ImportError: `kernels` is missing, or transformers has no such family.
+        TypeError: a model type that is no string.
     """
     try:
         from kernels import replace_kernel_forward_from_hub
     except ImportError as error:
         raise ImportError("scattermoe-lora: kernel_mapping needs the package kernels") from error
     for model_type in model_types:
-        importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        _load(model_type)
     warn_of_untested()
     for cls in _subclasses(nn.Module):
         if _is_experts_class(cls):
@@ -61,6 +62,21 @@ def kernel_mapping(*model_types: str) -> dict[str, dict[str, Layer]]:
         if not hasattr(cls, "kernel_layer_name"):
             replace_kernel_forward_from_hub(cls, name)
     return {name: dict.fromkeys(DEVICES, Layer(name)) for name in layers.__all__}
+
+
+def _load(model_type: str) -> None:
+    """Imports the classes of a family of transformers."""
+    if not isinstance(model_type, str):
+        raise TypeError(f"kernel_mapping: model_types must be strings, got {type(model_type).__name__}")
+    module = f"transformers.models.{model_type}.modeling_{model_type}"
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):  # the family's own import of something else
+            raise
+        raise ImportError(
+            f"kernel_mapping: model_types must be families of transformers, such as qwen3_moe, got {model_type!r}"
+        ) from error
 
 
 def _subclasses(cls: type) -> Iterator[type]:

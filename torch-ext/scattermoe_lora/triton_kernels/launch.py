@@ -51,16 +51,15 @@ class _Recording(threading.local):
 recording = _Recording()
 
 
-@functools.lru_cache(maxsize=8192)
-def _integer_classes(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
+def _classes(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Triton compiles for of each scalar: of an integer, whether 16 divides it, it is 1, it is long.
 
-    Of a tuple of scalars, of each of its own.
+    Of a tuple of scalars, of each of its own. Nothing keeps them, as to a cache 2 and 2.0 would be the same.
     """
     return tuple(
         (s % 16 == 0) + 2 * (s == 1) + 4 * (s >= 2**31)
         if isinstance(s, int)
-        else _integer_classes(s)
+        else _classes(s)
         if isinstance(s, tuple)
         else type(s).__name__
         for s in scalars
@@ -82,7 +81,7 @@ def launch(
     that Triton calls around a launch are not called.
     """
     device: torch.device | None = None
-    key: list[Any] = [id(kernel), num_warps, num_stages, _integer_classes(scalars), *constants.values()]
+    key: list[Any] = [id(kernel), num_warps, num_stages, _classes(scalars), *constants.values()]
     arguments: list[Any] = []
     for operand in operands:
         if operand is None:

@@ -247,7 +247,7 @@ def replay(
     index = device.index
     if first.is_cuda and index != driver.active.get_current_device():
         with torch.cuda.device(device):
-            return replay(body, tensors, options, backward)
+            return replay(body, tensors, options, backward, overwrites)
     use_context()
     pointers: list[int | None] = [None, *[None if t is None else t.data_ptr() or None for t in tensors]]
     given = [pointer for pointer in pointers if pointer]
