@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         peft_config=LoraConfig(
             r=args.rank,
             lora_alpha=2 * args.rank,
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         ),
     )
     kernel = get_kernel("org/scattermoe-lora", version=1, trust_remote_code=True)

@@ -28,11 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         r=args.rank,
         lora_alpha=2 * args.rank,
         target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
     model = get_peft_model(model, lora)
     kernel = get_kernel("org/scattermoe-lora", version=1, trust_remote_code=True)
-    print(kernel.kernelize(model))  # an error if no experts were found
+    report = kernel.kernelize(model)  # an error if no experts were found
+    print(report)
+    if not all(entry.lora for entry in report.switched):
+        raise SystemExit("target_parameters does not name the experts' weights: see docs/supported-models.md")
 
     ids = tokenizer(args.text, verbose=False)["input_ids"]
     rows = [ids[i : i + args.seq_len] for i in range(0, len(ids) - args.seq_len + 1, args.seq_len)]

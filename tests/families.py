@@ -217,9 +217,8 @@ def experts_of(model: nn.Module, family: Family) -> dict[str, Any]:
 def wrap(model: nn.Module, family: Family) -> nn.Module:
     """PEFT around both projections of every experts module; all but the weights that it wraps trains."""
     torch.manual_seed(4)
-    names = []
-    for name, experts in experts_of(model, family).items():
-        names += [f"{name}.{'gate_up_proj' if experts.has_gate else 'up_proj'}", f"{name}.down_proj"]
+    gated = all(experts.has_gate for experts in experts_of(model, family).values())
+    names = [f"experts.{'gate_up_proj' if gated else 'up_proj'}", "experts.down_proj"]
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_parameters=names))
     wrapped = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
     for name, parameter in model.named_parameters():
@@ -345,6 +344,9 @@ def document(results: dict[Family, Result]) -> str:
         f"output, the loss and every gradient; it must be at most {BOUND:.0e}. Gradients outside the experts that are",
         "smaller than a hundredth of the model's largest are measured against that hundredth. The test also counts",
         "the kernel's ops (every experts module ran fused, forward and backward) and PEFT's merges (none).",
+        "",
+        'PEFT finds the experts of all of them by `target_parameters=["experts.gate_up_proj", "experts.down_proj"]`,',
+        'and where experts have no gate (nemotron_h) by `"experts.up_proj"` in place of the first.',
         "",
         "- *layout*: `-` is `[E, 2 I, H]`, gate and up in halves, no bias.",
         "- *activation*: what `kernelize` reports: the name of the fused one, or `own` where the class's own function",

@@ -521,6 +521,8 @@ def test_forward_mode_is_refused(kernel):
                 call(forward_ad.make_dual(value, torch.ones_like(value)))
         with pytest.raises(RuntimeError, match="setup_context"):
             torch.func.jvp(call, (value,), (torch.ones_like(value),))
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(lambda y, call=call: call(y).sum())(value)
 
 
 def test_a_traced_graph_may_be_kept(kernel):
