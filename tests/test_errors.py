@@ -388,14 +388,17 @@ def test_wrong_call(calls, fail, call, name, make, error, words):
     _assert_says(fail(call, {name: value}, error), name, *words)
 
 
-def test_more_choices_than_rows_are_counted(kernel):
+def test_more_choices_than_can_be_counted(kernel):
     """Of nothing but views of one element."""
     index, weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
     x, up, down = torch.ones(1, 1).expand(2**30, H), torch.ones(E, 2 * I, H), torch.ones(E, H, I)
-    with pytest.raises(
-        ValueError, match=r"top_k_index must be of fewer than 2\*\*31 choices, got shape \(1073741824, 2\)"
-    ):
+    must = "must be of fewer than 2147483648 choices, got shape (1073741824, 2)"
+    with pytest.raises(ValueError, match=re.escape(f"moe_mlp: top_k_index {must}")):
         kernel.moe_mlp(x, up, down, index.expand(2**30, 2), weights.expand(2**30, 2))
+    with pytest.raises(ValueError, match=re.escape(f"flatten_sort_count: expert_idxs {must}")):
+        kernel.flatten_sort_count(index.expand(2**30, 2), E)
+    with pytest.raises(ValueError, match="flatten_sort_count: expert_idxs must be of fewer than 134152223 choices"):
+        kernel.flatten_sort_count(index.expand(134152223), 2048)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,16 @@ def test_adapters_of_another_dtype(kernel, device):
     assert all(torch.equal(grad.half(), half) for grad, half in zip(grads, halves, strict=True))
 
 
+def test_no_autograd(kernel):
+    """On the CPU as where kernels run: nothing is kept for a backward that there is none of."""
+    batch = Batch(torch.float32, torch.device("cpu"))
+    x, w, ids, order = batch.cast(batch.normal(T, K), batch.W, batch.ids, batch.order)
+    for leaf in (x, w):
+        leaf.requires_grad_()
+    assert not kernel.kernels.scatter2scatter(x, w, ids, order, k).requires_grad
+    assert not kernel.kernels.group(x, order, fan_out=k).requires_grad
+
+
 @every_device
 def test_int32_indices(kernel, device):
     batch = Batch(torch.float32, device)

@@ -192,13 +192,17 @@ def test_a_model_without_experts_is_an_error(kernel):
         kernel.kernelize(AutoModelForCausalLM.from_config(config))
 
 
-def test_quantised_experts_are_left(kernel, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+def test_quantised_experts_are_left(kernel, monkeypatch, dtype):
     model = tiny_model("mixtral")
     first, second = (layer.mlp.experts for layer in model.model.layers)
-    second.down_proj = torch.nn.Parameter(second.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+    packed = second.down_proj.data.to(dtype)
+    if dtype == torch.uint8:  # two numbers of 4 bits each, as bitsandbytes packs them
+        packed = packed.view(-1, 2)[:, :1]
+    second.down_proj = torch.nn.Parameter(packed, requires_grad=False)
     report = kernel.kernelize(model)
     assert [entry.name for entry in report.switched] == ["model.layers.0.mlp.experts"]
-    assert report.left == (("model.layers.1.mlp.experts", "its down_proj is quantised (torch.float8_e4m3fn)"),)
+    assert report.left == (("model.layers.1.mlp.experts", f"its down_proj is quantised ({dtype})"),)
     assert "left as it was: model.layers.1.mlp.experts" in str(report)
     # The config that chooses the implementation is shared: what was left must still run its own forward.
     assert second.config._experts_implementation == "scattermoe_lora"

@@ -147,13 +147,18 @@ class Arguments:
 
     def expert_ids(self, name: str, ids: Tensor, num_experts: int, allow_sentinels: bool) -> None:
         """Checks how many there are and, where it costs no device sync, on the CPU, their range."""
-        if ids.numel() >= 2**31:  # rows are counted in int32
-            raise self.fail(name, "of fewer than 2**31 choices", f"shape {tuple(ids.shape)}")
+        self.choices(name, ids, num_experts)
         if not _values_are_at_hand(ids) or ids.numel() == 0:
             return
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (high >= num_experts and not allow_sentinels):
             raise self.fail(name, f"in [0, E = {num_experts})", f"ids from {low} to {high}")
+
+    def choices(self, name: str, ids: Tensor, num_experts: int) -> None:
+        """Checks that rows, and each expert's of every 128 slots, can be counted in int32."""
+        limit = min(2**31, 2**38 // (num_experts + 1))
+        if ids.numel() >= limit:
+            raise self.fail(name, f"of fewer than {limit} choices", f"shape {tuple(ids.shape)}")
 
     def routing(self, scattered_idxs: Tensor, expert_offsets: Tensor, expert_idxs: Tensor | None = None) -> None:
         """Checks that a routing stays within its slots, where it costs no device sync: on the CPU."""

@@ -13,6 +13,7 @@ from .checks import FLOATS, INTEGERS, Arguments
 from .types import ExpertLoRA, Routing
 
 
+@torch.no_grad()
 def scatter2scatter(
     X: Tensor,
     W: Tensor,
@@ -27,7 +28,7 @@ def scatter2scatter(
     """``y = x @ W[e] + b[e]`` for every slot.
 
     Args:
-        X: ``[S / k, K]``, or ``[S, K]`` in grouped order if ``x_grouped``. W: ``[E, K, N]``. b: ``[E, N]``.
+        X: ``[S / k, K]``, or ``[S, K]`` in grouped order if ``x_grouped``. W: ``[E, K, N]``, X's dtype. b: ``[E, N]``.
         out: ``[S, N]`` contiguous, of X's dtype, to write; a new tensor if None.
 
     Returns:
@@ -38,6 +39,7 @@ def scatter2scatter(
     )
 
 
+@torch.no_grad()
 def scatter2scatter_lora(
     X: Tensor,
     W: Tensor,
@@ -63,6 +65,7 @@ def scatter2scatter_lora(
     return _gemm(X, W, sorted_expert_idxs, sorted_scattered_idxs, k, lora, b, x_grouped, y_grouped, out)
 
 
+@torch.no_grad()
 def scatter2scatter_lora_dX(
     DY: Tensor,
     W: Tensor,
@@ -94,6 +97,7 @@ def scatter2scatter_lora_dX(
     return _gemm(DY, W.mT, sorted_expert_idxs, sorted_scattered_idxs, k, swapped, None, dy_grouped, dx_grouped, out)
 
 
+@torch.no_grad()
 def single2scatter(X: Tensor, W: Tensor, expert_idxs: Tensor) -> Tensor:
     """One token through its experts: ``X [1, K]``, ``W [E, K, N]``, ``expert_idxs [1, k]``; returns ``[k, N]``."""
     args = Arguments("single2scatter")
@@ -106,6 +110,7 @@ def single2scatter(X: Tensor, W: Tensor, expert_idxs: Tensor) -> Tensor:
     return scatter2scatter(X, W, sorted_expert_idxs, sorted_scattered_idxs, expert_idxs.shape[1])
 
 
+@torch.no_grad()
 def group(
     A: Tensor,
     sorted_expert_idxs: Tensor,
@@ -137,6 +142,7 @@ def group(
     return rows if out is None else out.copy_(rows)
 
 
+@torch.no_grad()
 def group_bwd_W(
     DY: Tensor, X: Tensor, expert_offsets: Tensor, E: int, has_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -153,6 +159,7 @@ def group_bwd_W(
     return DW, Db
 
 
+@torch.no_grad()
 def group_bwd_lora(
     DY: Tensor, X: Tensor, lora_A: Tensor, lora_B: Tensor, expert_offsets: Tensor, E: int, scaling: float
 ) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,9 @@ def moe_mlp(
         ``[T, H]`` in the dtype of ``hidden_states``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or dtypes that do not go together; on the CPU also ids out of range.
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype, also beside the others'.
+        ValueError: shapes or devices that do not go together, an activation that is none of these; on the CPU also ids
+            out of range.
     """
     args = Arguments("moe_mlp")
     args.flag("is_transposed", is_transposed)

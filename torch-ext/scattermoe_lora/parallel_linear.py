@@ -25,7 +25,7 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
 
     Raises:
         TypeError: ``expert_idxs`` is not an integer tensor, or ``num_experts`` not an int.
-        ValueError: ``num_experts`` is less than 1.
+        ValueError: ``num_experts`` is less than 1, or there are more choices than can be counted in int32.
     """
     if not isinstance(expert_idxs, Tensor) or expert_idxs.dtype not in INTEGERS:
         got = expert_idxs.dtype if isinstance(expert_idxs, Tensor) else type(expert_idxs).__name__
@@ -34,6 +34,7 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
         raise TypeError(f"flatten_sort_count: num_experts must be an int, got {type(num_experts).__name__}")
     if num_experts < 1:
         raise ValueError(f"flatten_sort_count: num_experts must be at least 1, got {num_experts}")
+    Arguments("flatten_sort_count").choices("expert_idxs", expert_idxs, num_experts)
     sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ops.route(expert_idxs, num_experts)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 

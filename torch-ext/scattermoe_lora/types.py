@@ -52,7 +52,7 @@ class ExpertLoRA:
 
     Raises:
         TypeError: a factor is not a floating point tensor, or ``scaling`` is not a number.
-        ValueError: the factors' shapes or devices do not go together.
+        ValueError: the factors' shapes or devices do not go together, or ``scaling`` is not finite.
     """
 
     A: Tensor

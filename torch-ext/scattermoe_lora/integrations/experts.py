@@ -68,10 +68,10 @@ def unsupported(experts: Any) -> str | None:
     """Why an experts module can't take the fused path, or None if it can."""
     for name in (up_name(experts), "down_proj"):
         weight = _stored(experts, name)
+        if isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
+            return f"its {name} is quantised ({weight.dtype})"
         if not isinstance(weight, Tensor) or weight.dim() != 3:
             return f"its {name} is not a [E, out, in] tensor"
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            return f"its {name} is quantised ({weight.dtype})"
     return None
 
 

@@ -67,8 +67,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK
     for start in range(0, num_experts + 1, EXPERTS):
         experts = start + tl.arange(0, EXPERTS)
         counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
-        cells = experts.to(tl.int64) * num_blocks + block
-        tl.store(counts_ptr + cells, counts, mask=experts <= num_experts)
+        tl.store(counts_ptr + experts * num_blocks + block, counts, mask=experts <= num_experts)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -95,7 +94,7 @@ def _place_kernel(
     ids = _expert_ids(ids_ptr, slots, num_slots, num_experts)
     earlier = (ids[None, :] == ids[:, None]) & (local[None, :] < local[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
-    cell = ids.to(tl.int64) * num_blocks + block
+    cell = ids * num_blocks + block
     end = tl.load(ends_ptr + cell, mask=mask, other=0)
     count = tl.load(counts_ptr + cell, mask=mask, other=0)
     row = end - count + rank
@@ -104,7 +103,7 @@ def _place_kernel(
     if block == 0:
         for start in range(0, num_experts, BLOCK):
             e = start + local
-            ends = tl.load(ends_ptr + (e + 1).to(tl.int64) * num_blocks - 1, mask=e < num_experts, other=0)
+            ends = tl.load(ends_ptr + (e + 1) * num_blocks - 1, mask=e < num_experts, other=0)
             tl.store(offsets_ptr + e, ends.to(tl.int64), mask=e < num_experts)
 
 
