@@ -29,7 +29,7 @@ READY := $(STAMP)
 endif
 
 # `kernels` takes the folder that holds build/, not build/ itself.
-LOCAL := LOCAL_KERNELS=org/scattermoe-lora=$(CURDIR)
+LOCAL := LOCAL_KERNELS="org/scattermoe-lora=$(CURDIR)"
 
 .PHONY: venv build check lint test properties aot test-gpu docs finetune publish clean
 

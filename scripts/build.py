@@ -290,7 +290,7 @@ def check(out: Path, root: Path = ROOT) -> list[str]:
     for backend in kernel.backends:
         variant = out / f"torch-{backend}"
         variant_problems, origin = check_variant(kernel, variant, backend)
-        problems += variant_problems
+        problems += variant_problems or _other_source(kernel, variant)
         origins |= {origin} if origin else set()
     if len(origins) > 1:
         problems.append(f"{out}: the variants come from different sources; run `make build`")
@@ -342,6 +342,18 @@ def check_variant(kernel: Kernel, variant: Path, backend: str) -> tuple[list[str
         if content.get(key) != wanted.get(key):
             problems.append(f"{path}: {key} is {content.get(key)!r}, but this tree gives {wanted.get(key)!r}")
     return problems, json.dumps([uid, git])
+
+
+def _other_source(kernel: Kernel, variant: Path) -> list[str]:
+    """What an intact variant has otherwise than the tree, in one line if it has."""
+
+    def content(file: Path) -> bytes | None:
+        return file.read_bytes() if file.is_file() else None
+
+    names = {*kernel.files(), *list_files(variant)} - {Path("_ops.py"), Path("metadata.json")}
+    other = [name for name in sorted(names) if content(variant / name) != content(kernel.package / name)]
+    more = f" and {len(other) - 1} more" if other[1:] else ""
+    return [f"{variant}: {other[0]}{more} differs from this tree; run `make build`"] if other else []
 
 
 def _outside_digest(file: Path) -> bool:

@@ -34,6 +34,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -123,7 +124,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device if device.type == "cuda" else None
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
 
 
@@ -158,8 +159,11 @@ def expert_parameters(model: nn.Module) -> list[str]:
 
 def add_lora(model: Any, targets: list[str], args: argparse.Namespace) -> Any:
     for name in args.target_modules:  # PEFT is silent about a name that finds nothing as long as another does
-        if not any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()):
+        found = [module for path, module in model.named_modules() if name and f".{path}".endswith(f".{name}")]
+        if not found:
             raise UserError(f"--target-modules {name}: the model has no module of that name")
+        if other := [type(module).__name__ for module in found if not isinstance(module, nn.Linear)]:
+            raise UserError(f"--target-modules {name}: {other[0]} is no linear layer")
     lora = LoraConfig(
         r=args.rank, lora_alpha=args.alpha, target_parameters=targets, target_modules=args.target_modules
     )
@@ -179,7 +183,8 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     for batch in blocks.to(device).split(batch_size):
         logits = model(input_ids=batch).logits[:, :-1].float()
         total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / blocks[:, 1:].numel())
+    loss = total / blocks[:, 1:].numel()
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def sample(model: Any, tokenizer: Any, text: str, length: int = 60) -> str:
@@ -317,7 +322,7 @@ def fine_tune(base: str, text: str, kernel: Any | None, args: argparse.Namespace
         model,
         blocks,
         args,
-        max_steps=args.max_steps,
+        max_steps=args.max_steps or -1,
         num_train_epochs=args.epochs,
         learning_rate=args.lr,
         # The float32 gradients of float16 products need a scaled loss; Trainer only has one with its autocast.
@@ -344,6 +349,8 @@ def fine_tune(base: str, text: str, kernel: Any | None, args: argparse.Namespace
         expected = stock(input_ids=probe).logits.float()
         with stock.disable_adapter():
             untuned = stock(input_ids=probe).logits.float()
+    if not 0 < expected.norm() < math.inf:  # of stock PEFT, whoever trained
+        raise UserError(f"the training diverged, held-out perplexity {after:g}: take a lower --lr than {args.lr:g}")
     difference, effect = (((logits - expected).norm() / expected.norm()).item() for logits in (tuned, untuned))
     print(f"Stock PEFT with the saved adapter: logits within {difference:.1e}; the adapter moves them by {effect:.1e}")
     print(f"Sample: {sample(stock, tokenizer, held_out_text[0])!r}")
@@ -383,6 +390,20 @@ def positive(text: str, least: int = 1) -> int:
     return number
 
 
+def rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{number:g} is not positive and finite")
+    return number
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not in [0, 2**32)")
+    return number
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -391,11 +412,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="Hub id or folder of a causal language model with experts (default: make a small one)")
     add("--data", type=Path, help="text file to fine-tune on (default: the licences of the installed packages)")
     add("--rank", type=positive, default=16, help="LoRA rank (default: %(default)s)")
-    add("--alpha", type=float, default=32, help="LoRA alpha (default: %(default)s)")
+    add("--alpha", type=rate, default=32, help="LoRA alpha (default: %(default)s)")
     add("--target-modules", nargs="+", default=[], metavar="NAME", help="linear layers too, such as q_proj")
-    add("--lr", type=float, help="peak learning rate (default: 2e-4 with --model, else 5e-3)")
+    add("--lr", type=rate, help="peak learning rate (default: 2e-4 with --model, else 5e-3)")
     add("--epochs", type=positive, default=3, help="passes over the text (default: %(default)s)")
-    add("--max-steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    add("--max-steps", type=positive, help="stop after so many steps, whatever --epochs says")
     add("--batch-size", type=positive, default=8, help="rows in a step (default: %(default)s)")
     add("--seq-len", type=partial(positive, least=2), default=128, help="tokens in a row (default: %(default)s)")
     add("--eval-blocks", type=positive, default=256, help="held-out rows to measure, at most (default: %(default)s)")
@@ -404,7 +425,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
     add("--output-dir", type=Path, default=Path("finetune-output"), help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=seed, default=0, help="(default: %(default)s)")
     add("--pretrain-steps", type=positive, default=700, help="steps that make the small model (default: %(default)s)")
     add("--kernel-repo", default="org/scattermoe-lora", help="(default: %(default)s)")
     add("--kernel-version", type=int, default=1, help="(default: %(default)s)")

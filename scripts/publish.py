@@ -39,7 +39,13 @@ from pathlib import Path
 import griffe
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 from huggingface_hub.utils.sha import git_hash
@@ -397,6 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except BuildError as error:
         problems = error.problems
+    except (HFValidationError, OfflineModeIsEnabled) as error:
+        problems = [str(error)]
     except (httpx2.HTTPError, LocalEntryNotFoundError) as error:
         problems = advice(error, repo_id)
     except KeyboardInterrupt:

@@ -358,6 +358,23 @@ def test_a_check_finds(kernel, tampering):
     assert not any("\n" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("change", ["changed", "removed", "added"])
+def test_a_check_compares_with_the_tree(kernel, change):
+    run_build(kernel)
+    package = kernel / "torch-ext" / "scattermoe_lora"
+    if change == "changed":
+        (package / "ops.py").write_text((package / "ops.py").read_text() + "# changed\n")
+    elif change == "removed":
+        (package / "tables" / "factor.json").unlink()
+    else:
+        (package / "more.py").write_text("")
+    name = {"changed": "ops.py", "removed": "tables/factor.json", "added": "more.py"}[change]
+    problems = run_check(kernel)
+    assert problems and all(
+        problem.endswith(f"{name} differs from this tree; run `make build`") for problem in problems
+    )
+
+
 def test_a_check_needs_a_build(kernel):
     assert run_check(kernel) == [f"{kernel / 'build'}: no such folder; run `make build`"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,10 @@ def test_device_that_is_not_there(finetune: ModuleType, capsys: pytest.CaptureFi
         (["--output-dir", "{file}"], "cannot make the folder"),
         (["--data", "{file}"], "too short"),
         (["--model", "{base}", "--target-modules", "q_proj", "q_prj"], "--target-modules q_prj"),
+        (["--model", "{base}", "--target-modules", ""], "--target-modules : the model has no module"),
+        (["--model", "{base}", "--target-modules", "mlp"], "Qwen3MoeSparseMoeBlock is no linear layer"),
+        (["--model", "{broken}"], "cannot load the model"),
+        (["--model", "{base}", "--lr", "1e9", "--max-steps", "3"], "diverged"),
     ],
 )
 def test_other_refusals(
@@ -188,13 +193,29 @@ def test_other_refusals(
 ) -> None:
     file = tmp_path / "short.txt"
     file.write_text("Too little to learn from.")
-    names = {"file": str(file), "base": str(finished[0] / "base")}
+    names = {"file": str(file), "base": str(finished[0] / "base"), "broken": str(tmp_path / "broken")}
+    shutil.copytree(names["base"], names["broken"])
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
     output = [] if "--output-dir" in options else ["--output-dir", str(tmp_path / "out")]
     assert finetune.main(["--no-kernel", *(option.format(**names) for option in options), *output]) == 2
     assert message in refusal(capsys)
 
 
-@pytest.mark.parametrize("options", [["--device", "tpu"], ["--rank", "0"], ["--seq-len", "1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--device", "tpu"],
+        ["--rank", "0"],
+        ["--seq-len", "1"],
+        ["--max-steps", "0"],
+        ["--lr", "nan"],
+        ["--lr", "-1"],
+        ["--alpha", "inf"],
+        ["--seed", "-1"],
+    ],
+    ids=" ".join,
+)
 def test_bad_options_stop_in_argparse(finetune: ModuleType, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         finetune.main(options)
