@@ -24,7 +24,7 @@ CASES = {
     "everything trains": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
     "no gate": {"has_gate": False, "activation": "relu2", "frozen": ("gate_up_proj",)},
     "no LoRA": {"r": 0},
-    "pieces": {"H": 1024, "I": 16, "r": 16, "has_bias": True},
+    "pieces": {"H": 512, "I": 16, "r": 16, "has_bias": True},
 }
 
 
@@ -212,7 +212,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("options", list(CASES.values())[:3], ids=list(CASES)[:3])
 def test_factors_of_peft(kernel, replay, options, layout):
     """PEFT's matrices are viewed by expert where a program is recorded: the bits of the same factors by expert."""
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         case = Case(**(SIZES | options), seed=seed)
         results = []
         for of_peft in (False, True):
@@ -235,7 +235,7 @@ def test_factors_of_peft(kernel, replay, options, layout):
                 grads[f"{projection}_A"], grads[f"{projection}_B"] = by_expert.A, by_expert.B
             results.append({"output": out.detach(), **grads})
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    assert len(replay._programs) == 4  # each a forward's and a backward's, which the last two seeds replayed
+    assert len(replay._programs) == 4  # each a forward's and a backward's, which the second seed replayed
     # Where nothing is cast: by expert, of the base's dtype and a rank that needs no padding.
     Case(**(SIZES | options | {"r": 16, "adapter_dtype": None})).check(kernel, torch.device("cpu"))
     launches = [sum(step[0] == "launch" for step in program.steps) for program in replay._programs.values()]
