@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils import _python_dispatch
 
 from .types import A_by_expert, B_by_expert, ExpertLoRA, check_scaling, check_width
 
@@ -26,7 +26,10 @@ def probability(function: str, name: str, value: object) -> float:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a call may be written down, to run later on other tensors: `torch.compile`, `make_fx`, AOT autograd."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling():
+        return True
+    mode = getattr(_python_dispatch, "_get_current_dispatch_mode", None)  # private, as is what traces by it
+    if mode is not None and mode() is not None:
         return True
     return any(type(tensor) is not Tensor for tensor in tensors)
 

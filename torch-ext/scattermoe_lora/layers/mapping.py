@@ -72,7 +72,8 @@ def _load(model_type: str) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):  # the family's own import of something else
+        # Without transformers, or what it needs, there is no telling.
+        if error.name in (None, "transformers") or not module.startswith(error.name):
             raise
         raise ImportError(
             f"kernel_mapping: model_types must be families of transformers, such as qwen3_moe, got {model_type!r}"
