@@ -35,14 +35,15 @@ LOCAL := LOCAL_KERNELS="org/scattermoe-lora=$(CURDIR)"
 
 venv: $(STAMP)
 
+# Without bytecode, which takes 40 s of 2:25: Python makes that of what it imports.
 # Torch goes first, as a build of it that brings its own Triton (CUDA) allows no other: there our pin is left out.
 $(STAMP): requirements.txt requirements-dev.txt
 	test -x $(VENV_PYTHON) || $(PYTHON) -m venv $(VENV)
-	$(VENV_PYTHON) -m pip install -q "$$(grep '^torch==' requirements.txt)"
+	$(VENV_PYTHON) -m pip install -q --no-compile "$$(grep '^torch==' requirements.txt)"
 	left_out=$$($(VENV_PYTHON) -c 'from importlib.metadata import requires; \
 		print("/^triton==/d;" if "triton" in " ".join(requires("torch")) else "")'); \
 	sed "$$left_out/^-r /d" requirements.txt requirements-dev.txt > $(VENV)/requirements.txt
-	$(VENV_PYTHON) -m pip install -q -r $(VENV)/requirements.txt
+	$(VENV_PYTHON) -m pip install -q --no-compile -r $(VENV)/requirements.txt
 	touch $@
 
 build: $(READY)
@@ -61,7 +62,7 @@ lint: $(READY)
 # Newer than our pin, which is the newest that takes the pinned kernels: without use_kernels, what kernelize does.
 NEWEST_TRANSFORMERS := $(VENV)/transformers-5.24.0
 $(NEWEST_TRANSFORMERS):
-	$(PYTHON_RUN) -m pip install -q --no-deps --target $@ transformers==5.24.0
+	$(PYTHON_RUN) -m pip install -q --no-compile --no-deps --target $@ transformers==5.24.0
 
 test: lint build $(NEWEST_TRANSFORMERS)
 	$(PYTHON_RUN) scripts/build.py --check
