@@ -30,11 +30,8 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
     if not isinstance(expert_idxs, Tensor) or expert_idxs.dtype not in INTEGERS:
         got = expert_idxs.dtype if isinstance(expert_idxs, Tensor) else type(expert_idxs).__name__
         raise TypeError(f"flatten_sort_count: expert_idxs must be an int32 or int64 tensor, got {got}")
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-        raise TypeError(f"flatten_sort_count: num_experts must be an int, got {type(num_experts).__name__}")
-    if num_experts < 1:
-        raise ValueError(f"flatten_sort_count: num_experts must be at least 1, got {num_experts}")
-    Arguments("flatten_sort_count").choices("expert_idxs", expert_idxs, num_experts)
+    args = Arguments("flatten_sort_count")
+    args.choices("expert_idxs", expert_idxs, args.count("num_experts", num_experts))
     sorted_expert_idxs, sorted_scattered_idxs, expert_offsets = ops.route(expert_idxs, num_experts)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
