@@ -179,9 +179,14 @@ def test_experts_that_peft_saves_whole(kernel, ran, when):
 
 
 def test_a_gate_without_numbers_is_the_modules_own(kernel):
-    """Where nothing is clamped there is nothing to fuse, and the report is of all modules or there is none."""
+    """Where nothing is clamped there is nothing to fuse. A module without its limit is an error before any change."""
     model = tiny_model("gpt_oss")
-    model.model.layers[1].mlp.experts.limit = None
+    experts = model.model.layers[1].mlp.experts
+    del experts.limit
+    with pytest.raises(AttributeError, match="limit"):
+        kernel.kernelize(model)
+    assert untouched(model)
+    experts.limit = None
     assert [entry.activation for entry in kernel.kernelize(model).switched] == ["clamped_glu(1.702, 7.0, 1.0)", "own"]
 
 

@@ -152,6 +152,8 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
             f"kernelize: {type(model).__name__} has no experts module that can be switched"
             + (reasons or "; is it a mixture-of-experts model of transformers 5?")
         )
+    # Before anything is written, as it may fail on a module that lacks what its class has.
+    activations = {name: fused_activation(modules[name]) for name, _ in taken}
     register()
     # Before the first is switched: experts share their config, which chooses the implementation.
     for name, _ in taken:
@@ -160,7 +162,8 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
         if chosen != IMPLEMENTATION or "_scattermoe_lora_replaced" not in vars(experts):
             experts._scattermoe_lora_replaced = chosen
         experts._scattermoe_lora_dropout = lora_dropout
-    return Report(tuple(_switch(modules, name, outer_name) for name, outer_name in taken), tuple(left))
+    switched = (_switch(modules, name, outer_name, activations[name]) for name, outer_name in taken)
+    return Report(tuple(switched), tuple(left))
 
 
 def unkernelize(model: nn.Module) -> tuple[str, ...]:
@@ -235,7 +238,7 @@ def _held(modules: dict[str, Any], name: str, outer_name: str, uses_kernels: boo
     return None
 
 
-def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
+def _switch(modules: dict[str, Any], name: str, outer_name: str, activation: object) -> Switched:
     """Switches one experts module, its PEFT wrappers if it has any, and sees to wrappers that come later."""
     experts, outer = modules[name], modules[outer_name]
     experts.config._experts_implementation = {"": IMPLEMENTATION}  # of this config, not of those inside it
@@ -246,7 +249,6 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str) -> Switched:
         parent, attribute = modules[_parent(outer_name)], outer_name.rpartition(".")[2]
         if attribute not in (getattr(hook, "attribute", None) for hook in parent._forward_pre_hooks.values()):
             parent.register_forward_pre_hook(_FuseLater(attribute))
-    activation = fused_activation(experts)
     return Switched(
         name=outer_name,
         experts_class=type(experts).__name__,
