@@ -738,6 +738,17 @@ def test_offline_after_a_snapshot(published, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("repo_id", "offline", "expected"), [("bad id", "0", "bad id"), ("org/other", "1", "offline mode is enabled")]
+)
+def test_a_name_that_is_none_and_no_network_are_told(published, real, tmp_path, repo_id, offline, expected):
+    script = str(real / "scripts" / "publish.py")
+    done = run(published, tmp_path, sys.executable, script, "--dry-run", "--repo-id", repo_id, HF_HUB_OFFLINE=offline)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and expected in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("token", "expected"),
     [
         (None, ["the Hub does not know you", "log in with `hf auth login`, or set HF_TOKEN"]),

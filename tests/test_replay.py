@@ -292,10 +292,9 @@ def test_what_writes_over_its_inputs_does_so_on_any_device(kernel, replay, monke
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(replay, "use_context", lambda: None)
     monkeypatch.setattr(replay, "_record", watch)
-    tensor = torch.zeros(3)
     on_gpu = types.SimpleNamespace(
         device=torch.device("cuda", 1), is_cuda=True, data_ptr=lambda: 16, shape=(3,), stride=lambda: (1,),
-        dtype=tensor.dtype, numel=lambda: 3,
+        dtype=torch.float32, numel=lambda: 3,
     )  # fmt: skip
     replay.replay(lambda run, _: [None], (on_gpu,), (), overwrites=True)
     assert recorded == [True, False]
