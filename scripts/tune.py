@@ -206,7 +206,7 @@ def load() -> Any:
     from kernels import get_kernel
 
     kernel = get_kernel("org/scattermoe-lora", version=1)
-    for module in ("grouped_gemm", "shrink", "gram"):
+    for module in ("device", "gram"):
         inner(kernel, f"triton_kernels.{module}").has_hopper_kernels = lambda architecture: False
     return kernel
 

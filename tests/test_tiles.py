@@ -1,9 +1,12 @@
 """The rules that tiles follow, where nothing but a clock would notice a change."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from aot import FAMILIES, PROCESSORS
-from conftest import inner
+from conftest import ROOT, inner
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -32,3 +35,14 @@ def test_a_schedule_holds_the_chunks_of_any_routing(kernel, num_slots, num_exper
         row_tiles = tiles.num_row_tiles(num_slots, num_experts, tile_rows)
         if tile_rows == tiles.block_m(num_slots, num_experts) or tile_rows == 128:
             assert 1 + row_tiles + room <= tiles.schedule_size(num_slots, num_experts)
+
+
+def test_tuning_has_no_kernels_of_hoppers_own(kernel, monkeypatch):
+    """They have no tiles to choose: timed in place of the general ones they would make all candidates alike."""
+    for name in ("device", "gram"):
+        monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: True)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    assert importlib.import_module("tune").load() is kernel
+    package = f"{kernel.__name__}.triton_kernels"
+    asked = [getattr(module, "has_hopper_kernels", None) for name, module in sys.modules.items() if package in name]
+    assert not any(ask("sm_90") for ask in asked if ask)
