@@ -311,29 +311,11 @@ moe_mlp_forward = ops.moe_mlp_forward.default
 
 @torch.library.register_fake(add_op_namespace_prefix("moe_mlp_forward"))
 def _(
-    hidden_states,
-    gate_up_proj,
-    down_proj,
-    gate_up_proj_bias,
-    down_proj_bias,
-    gate_up_A,
-    gate_up_B,
-    down_A,
-    down_B,
-    top_k_weights,
-    top_k_index,
-    dropout_seed,
-    gate_up_scaling,
-    down_scaling,
-    is_transposed,
-    is_concatenated,
-    has_gate,
-    activation,
-    lora_dropout,
-    needs,
-):
+    hidden_states, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias, gate_up_A, gate_up_B, down_A, down_B,
+    top_k_weights, top_k_index, dropout_seed, gate_up_scaling, down_scaling, is_transposed, *flags,
+):  # fmt: skip
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    if not needs:
+    if not flags[-1]:
         return [out]
     num_slots = top_k_index.shape[0] * top_k_index.shape[1]
     width = gate_up_proj.shape[2 if is_transposed else 1]
@@ -623,49 +605,9 @@ moe_mlp_backward = ops.moe_mlp_backward.default
 
 
 @torch.library.register_fake(add_op_namespace_prefix("moe_mlp_backward"))
-def _(
-    dout,
-    hidden_states,
-    gate_up_proj,
-    down_proj,
-    gate_up_proj_bias,
-    down_proj_bias,
-    gate_up_A,
-    gate_up_B,
-    down_A,
-    down_B,
-    top_k_weights,
-    top_k_index,
-    dropout_seed,
-    h,
-    xa,
-    waa,
-    scattered_idxs,
-    expert_offsets,
-    tiles,
-    gate_up_scaling,
-    down_scaling,
-    is_transposed,
-    is_concatenated,
-    has_gate,
-    activation,
-    lora_dropout,
-    needs,
-    overwrite,
-):
-    inputs = [
-        hidden_states.contiguous(),
-        gate_up_proj,
-        down_proj,
-        gate_up_proj_bias,
-        down_proj_bias,
-        gate_up_A,
-        gate_up_B,
-        down_A,
-        down_B,
-        top_k_weights.contiguous(),
-    ]
-    return _fake_grads(inputs, needs)
+def _(dout, hidden_states, *rest):
+    inputs = [hidden_states.contiguous(), *rest[:8], rest[8].contiguous()]
+    return _fake_grads(inputs, rest[-2])
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, rows: Optional[Tensor]) -> Tensor:
