@@ -68,17 +68,8 @@ def parallel_linear(
     args = Arguments("parallel_linear")
     _check(args, inputs, expert_weights, k, sorted_expert_idxs, sorted_scattered_idxs, expert_offsets, grouped_in)
     _check_rest(args, expert_biases, gates, grouped_out)
-    return expert_linear(
-        inputs,
-        expert_weights,
-        k,
-        sorted_scattered_idxs,
-        expert_offsets,
-        bias=expert_biases,
-        gates=gates,
-        grouped_in=grouped_in,
-        grouped_out=grouped_out,
-    )
+    tensors = (inputs, expert_weights, expert_biases, None, None, gates)
+    return _linear(tensors, (sorted_scattered_idxs, expert_offsets), (k, 1.0, grouped_in, grouped_out))
 
 
 def parallel_linear_lora(

@@ -141,7 +141,7 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
         outer_name = name
         while outer_name and is_param_wrapper(modules.get(_parent(outer_name))):
             outer_name = _parent(outer_name)
-        reason = unsupported(experts) or _held(modules, name, outer_name, uses_kernels)
+        reason = unsupported(experts) or _held(modules, outer_name, uses_kernels)
         if reason is None:
             taken.append((name, outer_name))
         else:
@@ -215,7 +215,7 @@ def _function(forward: Any) -> Any:
     return inspect.unwrap(getattr(forward, "__func__", forward))
 
 
-def _held(modules: dict[str, Any], name: str, outer_name: str, uses_kernels: bool) -> str | None:
+def _held(modules: dict[str, Any], outer_name: str, uses_kernels: bool) -> str | None:
     """What holds an experts module, so that a switch would not be what runs; None if nothing does.
 
     Looked at are the experts, PEFT's wrappers around them, and the block that calls them.

@@ -149,7 +149,7 @@ def _act_grad_kernel(
         da = g * weight[:, None]
         if HAS_GATE:
             value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
-            slope, factor_slope = activations.gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+            slope, factor_slope = activations.gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT)
             a = value * factor
             d_gate = (da * factor * slope).to(dtype)
             d_up = (da * value * factor_slope).to(dtype)

@@ -63,7 +63,7 @@ def gated(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
 
 
 @triton.jit
-def gated_slopes(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+def gated_slopes(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The derivatives of `gated`'s value and factor."""
     if NAME == "clamped_glu":
         g = tl.where(gate > LIMIT, LIMIT, gate)

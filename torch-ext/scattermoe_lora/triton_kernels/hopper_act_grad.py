@@ -144,7 +144,7 @@ def _activate(
     g, gate, up = g.to(gl.float32), gate.to(gl.float32), up.to(gl.float32)
     da = g * weights[:, None]
     value, factor = activations.gated(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
-    slope, factor_slope = activations.gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+    slope, factor_slope = activations.gated_slopes(gate, up, ACTIVATION, ALPHA, LIMIT)
     a = value * factor
     d_gate = (da * factor * slope).to(dtype)
     d_up = (da * value * factor_slope).to(dtype)

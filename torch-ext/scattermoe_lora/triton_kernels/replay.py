@@ -170,8 +170,8 @@ class _Program:
 
     # Replay
 
-    def run(self, inputs: Sequence[Tensor | None], pointers: list, index: int) -> list[Tensor | None]:
-        """The outputs for other inputs of the same shapes; ``pointers`` are the inputs' with a None in front."""
+    def run(self, pointers: list, index: int) -> list[Tensor | None]:
+        """The outputs for other inputs of the same shapes, whose ``pointers`` these are, with a None in front."""
         tensors: list[Any] = [None] * self.size
         pointers += [None] * (self.size - len(pointers))
         views = self.views
@@ -261,7 +261,7 @@ def replay(
     known = (body, index, options, *key)
     program = _programs.get(known)
     if program is not None:
-        return program.run(tensors, pointers, index)
+        return program.run(pointers, index)
     recorder, outputs = _record(body, tensors, options, looks=overwrites)
     missing = recorder.missing
     if missing or overwrites:
