@@ -284,7 +284,7 @@ def test_experts_whose_rows_are_summed_in_parts(kernel, device, request, monkeyp
     on_gpu = device.type == "cuda"
     if few and request.config.getoption("--device") != "cpu":
         monkeypatch.setattr(inner(kernel, "tiles"), "chunk_rows", lambda num_slots, num_experts: 16)
-        monkeypatch.setattr(inner(kernel, "triton_kernels.gram"), "CHUNKED", 32)
+        monkeypatch.setattr(inner(kernel, "triton_kernels.totals"), "CHUNKED", 32)
     elif not few and not on_gpu:
         pytest.skip("thousands of rows, for a GPU")
     # 16 rows a chunk for few, 2048 for many: one less than some chunks, just that, and one more.

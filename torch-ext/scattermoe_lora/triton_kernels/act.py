@@ -21,7 +21,6 @@ from ..reference import clamped_glu_parameters
 from ..types import Routing
 from . import activations
 from .device import gpu, uses_hopper_tiles
-from .gram import partial_sums
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_part, tile_rows
 
@@ -283,8 +282,6 @@ def act_grad_grams(
         from . import hopper_act_grad
 
         if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
-            chunk, partial_a = partial_sums(routing, out_a, right_a.shape[1], firsts=True)
-            _, partial_h = partial_sums(routing, out_h, right_h.shape[1], firsts=True)
             return hopper_act_grad.hopper_act_grad(
                 g,
                 h,
@@ -302,9 +299,6 @@ def act_grad_grams(
                 scale=scale,
                 seed=seed,
                 p=p,
-                chunk=chunk,
-                partial_a=partial_a,
-                partial_h=partial_h,
             )
     return None
 

@@ -6,7 +6,6 @@ With a factor also ``left @ factor[e]`` of the rows that it reads, as a shrink c
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 import triton
@@ -20,11 +19,8 @@ from .device import HOPPER_ROWS, gpu, has_hopper_kernels, uses_hopper_tiles
 from .launch import empty, launch
 from .rows import expert_rows, operand_rows
 from .shrink import shrink
-from .totals import row_parts, totals
+from .totals import partial_sums
 
-# Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
-# one expert, and fewer rows are summed before the host has launched another kernel.
-NARROW, CHUNKED = 64, 4096
 # Ranks up to which one pass makes both products: each tile of columns writes its part of a row's product in float32,
 # at rank 16 and 256 columns an eighth of what a second pass would read. Alone on an H100 105 us for 161 at rank 16 (dH
 # of Qwen3-30B-A3B, 8192 tokens), 449 for 654 (Mixtral); of gathered rows, which come from L2, 114 for 121 and 235 for
@@ -183,7 +179,7 @@ def gram(
             return out
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
-        _launch_narrow(narrow, left, right, routing, out, x_fan_out=left_fan_out)
+        narrow.hopper_narrow(left, right, routing, out, x_fan_out=left_fan_out)
         return out
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
@@ -218,18 +214,14 @@ def shrink_gram(
         gram(x, right, routing, out, left_fan_out=x_fan_out)
         return shrink(x, factor, routing, x_fan_out=x_fan_out, scale=scale)
     if narrow is not None:
-        product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
-        of_rows: dict[str, Any] = {"factor": factor, "product": product, "scale": scale}
-        _launch_narrow(narrow, x, right, routing, out, x_fan_out=x_fan_out, **of_rows)
-        return product
+        return narrow.hopper_narrow(x, right, routing, out, x_fan_out=x_fan_out, factor=factor, scale=scale)
     tile = tiles.shrink_gram_tile(P, Q, x.dtype, gpu(x))
     # Padded, for combine's block and all strides to be the same for any number of slots: they are compiled for. What
     # it adds up in the padding and in rows of no expert was never written, and is never read.
     size = tiles.cdiv(num_slots * Q, MAX_BLOCK) * MAX_BLOCK
     product = empty(1, size, dtype=factor.dtype, device=factor.device)
     products = empty(tiles.cdiv(P, tile.block_m), size, dtype=torch.float32, device=x.device)
-    both: dict[str, Any] = {"factor": factor, "products": products, "scale": scale}
-    _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, right_fan_out=0, row_weights=None, **both)
+    _launch(x, right, routing, out, tile, left_fan_out=x_fan_out, factor=factor, products=products, scale=scale)
     combine(products, None, product, fan_out=products.shape[0])
     return product[0, : num_slots * Q].view(num_slots, Q)
 
@@ -253,50 +245,6 @@ def _hopper_narrow(
     return hopper_narrow if hopper_narrow.reads(left, right, factor) else None
 
 
-def _launch_narrow(
-    narrow: ModuleType,
-    x: Tensor,
-    right: Tensor,
-    routing: Routing,
-    out: Tensor,
-    *,
-    x_fan_out: int,
-    factor: Tensor | None = None,
-    product: Tensor | None = None,
-    scale: float = 1.0,
-) -> None:
-    """A gram by `_hopper_narrow`'s module, and with ``factor`` the ``product`` of its rows."""
-    num_experts, P, _ = out.shape
-    num_slots, Q = routing.num_slots, right.shape[1]
-    columns = narrow.tile_columns(num_experts, P, Q, gpu(x).processors)
-    products = None if factor is None else row_parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
-    chunk, partial = partial_sums(routing, out, Q, firsts=True)
-    narrow.hopper_narrow(
-        x,
-        right,
-        routing,
-        out,
-        x_fan_out=x_fan_out,
-        columns=columns,
-        chunk=chunk,
-        partial=partial,
-        factor=factor,
-        products=products,
-        scale=scale,
-    )
-    totals(routing, chunk=chunk, grams=((partial, out),), products=products, product=product)
-
-
-def partial_sums(routing: Routing, out: Tensor, Q: int, *, firsts: bool) -> tuple[int, Tensor | None]:
-    """Rows that are summed at once, and room for the sums of further ones, if an expert may have more of them; with
-    ``firsts`` for the first ones of these experts, too."""
-    chunk = tiles.chunk_rows(routing.num_slots, routing.num_experts)
-    if Q > NARROW or routing.num_slots <= CHUNKED:
-        return chunk, None
-    number = tiles.num_chunks(routing.num_slots, routing.num_experts)
-    return chunk, empty(number if firsts else number // 2, out.shape[1], Q, dtype=torch.float32, device=out.device)
-
-
 def _launch(
     left: Tensor,
     right: Tensor | None,
@@ -305,8 +253,8 @@ def _launch(
     tile: tiles.Tile,
     *,
     left_fan_out: int,
-    right_fan_out: int,
-    row_weights: Tensor | None,
+    right_fan_out: int = 0,
+    row_weights: Tensor | None = None,
     factor: Tensor | None = None,
     products: Tensor | None = None,
     scale: float = 1.0,

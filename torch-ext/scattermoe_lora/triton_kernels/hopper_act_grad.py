@@ -21,12 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .. import tiles
 from ..reference import DROPPED_ACTIVATION, dropout_threshold
 from ..types import Routing
-from . import activations, totals
+from . import activations
 from .device import gpu
 from .dropout import dropped, seed_key
 from .hopper import COPIES, barriers, copy_rows, descriptor, load_block, next_stage, parts, rows_arrive, wait_full
 from .hopper_narrow import num_units, steps_of, store_sums, unit_of
 from .launch import empty, launch
+from .totals import partial_sums, row_parts, totals
 
 # Units and rows of a stage.
 UNITS, ROWS = 128, 64
@@ -447,14 +448,8 @@ def hopper_act_grad(
     scale: float,
     seed: Tensor | None,
     p: float,
-    chunk: int,
-    partial_a: Tensor | None,
-    partial_h: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The launches of a `reference.act_grad_grams` of what it `reads`.
-
-    With ``partial_a`` and ``partial_h``, experts of more than ``chunk`` rows have sums there before they have totals.
-    """
+    """The launches of a `reference.act_grad_grams` of what it `reads`."""
     num_slots, N = g.shape
     num_experts = out_a.shape[0]
     Q_A, Q_H, size = right_a.shape[1], right_h.shape[1], g.element_size()
@@ -463,8 +458,10 @@ def hopper_act_grad(
     stages = (gpu(g).shared_memory - 1024 - 4 * UNITS * Q_H * size) // stage
     dh = empty(*h.shape, dtype=h.dtype, device=h.device) if out is None else out
     dot = None if dot_dtype is None else empty(num_slots, dtype=dot_dtype, device=g.device)
-    products = totals.row_parts(num_tiles, num_slots, Q_H, g.device)
-    dots = totals.row_parts(2 * num_tiles, num_slots, 1, g.device)
+    products = row_parts(num_tiles, num_slots, Q_H, g.device)
+    dots = row_parts(2 * num_tiles, num_slots, 1, g.device)
+    chunk, partial_a = partial_sums(routing, out_a, Q_A, firsts=True)
+    _, partial_h = partial_sums(routing, out_h, Q_H, firsts=True)
     groups = num_experts + (0 if partial_a is None else partial_a.shape[0])
     registers, loading_registers = REGISTERS[max(Q_A, Q_H)]
     launch(
@@ -519,7 +516,7 @@ def hopper_act_grad(
         LOADING_REGISTERS=loading_registers,
     )
     product = empty(num_slots, Q_H, dtype=factor.dtype, device=g.device)
-    totals.totals(
+    totals(
         routing,
         chunk=chunk,
         products=products,

@@ -21,8 +21,9 @@ from .. import tiles
 from ..types import Routing
 from .device import gpu
 from .hopper import COPIES, add_product, barriers, before, copy_rows, next_stage, rows_arrive, wait_full
-from .launch import launch
+from .launch import empty, launch
 from .rows import expert_rows, scheduled_chunk
+from .totals import partial_sums, row_parts, totals
 
 # Columns and rows of a stage, and ranks of a right operand: of 64 a thread holds 128 sums.
 STAGE_COLUMNS, STAGE_ROWS, RANKS = 256, 64, (16, 32, 64)
@@ -369,20 +370,18 @@ def hopper_narrow(
     out: Tensor,
     *,
     x_fan_out: int,
-    columns: int,
-    chunk: int,
-    partial: Tensor | None,
     factor: Tensor | None = None,
-    products: Tensor | None = None,
     scale: float = 1.0,
-) -> None:
-    """The launch of a `gram` of what it `reads`, in tiles of so many ``columns``; with a factor of a `shrink_gram`,
-    whose ``products`` have a part for each of these.
-
-    With ``partial`` experts of more than ``chunk`` rows have sums there, which are `totals` to make.
-    """
+) -> Tensor | None:
+    """The launches of a `gram` of what it `reads`; with a factor of a `shrink_gram`, whose product it returns."""
     num_experts, P, out_columns = out.shape
-    Q, size = right.shape[1], x.element_size()
+    num_slots, Q, size = routing.num_slots, right.shape[1], x.element_size()
+    columns = tile_columns(num_experts, P, Q, gpu(x).processors)
+    product = products = None
+    if factor is not None:
+        product = empty(num_slots, Q, dtype=factor.dtype, device=factor.device)
+        products = row_parts(tiles.cdiv(P, columns), num_slots, Q, x.device)
+    chunk, partial = partial_sums(routing, out, Q, firsts=True)
     factors = 0 if factor is None else 2 * columns * Q * size
     stages = (gpu(x).shared_memory - 1024 - factors) // (STAGE_ROWS * (STAGE_COLUMNS + Q) * size)
     groups = num_experts + (0 if partial is None else partial.shape[0])
@@ -414,3 +413,5 @@ def hopper_narrow(
         BLOCK_Q=Q,
         BLOCK_M=STAGE_ROWS,
     )
+    totals(routing, chunk=chunk, grams=((partial, out),), products=products, product=product)
+    return product

@@ -14,6 +14,9 @@ from .rows import scheduled_chunk
 
 # Rows, and elements of a gram, of one program. 32 rows of rank 16 are 16 bytes a thread of each part.
 ROWS, BLOCK = 32, 1024
+# Columns up to which rows are split, if there are more than CHUNKED: a wider output has tiles enough to be busy with
+# one expert, and fewer rows are summed before the host has launched another kernel.
+NARROW, CHUNKED = 64, 4096
 
 
 @triton.jit
@@ -130,6 +133,16 @@ def row_parts(number: int, num_slots: int, Q: int, device: torch.device) -> Tens
     """Room for so many parts of all rows' Q sums, with strides that are the same modulo 16 for any number of slots:
     kernels are compiled for that."""
     return empty(number, tiles.cdiv(num_slots, 16) * 16 * Q, dtype=torch.float32, device=device)
+
+
+def partial_sums(routing: Routing, out: Tensor, Q: int, *, firsts: bool) -> tuple[int, Tensor | None]:
+    """Rows that are summed at once, and room for the sums of further ones, if an expert may have more of them; with
+    ``firsts`` for the first ones of these experts, too."""
+    chunk = tiles.chunk_rows(routing.num_slots, routing.num_experts)
+    if Q > NARROW or routing.num_slots <= CHUNKED:
+        return chunk, None
+    number = tiles.num_chunks(routing.num_slots, routing.num_experts)
+    return chunk, empty(number if firsts else number // 2, out.shape[1], Q, dtype=torch.float32, device=out.device)
 
 
 def totals(
