@@ -507,7 +507,7 @@ def gram(
     left_fan_out: int,
     right_fan_out: int = 0,
     row_weights: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """``out[e] = sum over e's rows of row_weight * outer(left[row'], right[row''])``; experts without rows get zeros.
 
     Args:
@@ -522,7 +522,6 @@ def gram(
         if row_weights is not None:
             rr = rr * row_weights[routing.scattered_idxs[rows], None].to(_acc_dtype(rr.dtype))
         out[e] = _matmul(lr.mT, rr).to(out.dtype)
-    return out
 
 
 def shrink_gram(
@@ -578,13 +577,13 @@ def combine(
     fan_out: int,
     expert_ids: Tensor | None = None,
     num_experts: int = 0,
-) -> Tensor:
+) -> None:
     """``out[t] = sum_j weights[t * f + j] * y[t * f + j]`` with ``f = fan_out``, accumulated in float32.
 
     Args:
         y: ``[S, N]`` in scattered order.
         weights: ``[S]`` or None for ones.
-        out: ``[S // f, N]``, written and returned.
+        out: ``[S // f, N]``, written.
         expert_ids: ``[S]``; slots whose id is outside ``[0, num_experts)`` are not read. None reads all.
     """
     terms = y.to(_acc_dtype(y.dtype))
@@ -592,7 +591,7 @@ def combine(
         terms = terms * weights[:, None].to(terms.dtype)
     if expert_ids is not None:  # after the weights: 0 * Inf would be NaN
         terms = torch.where(((expert_ids >= 0) & (expert_ids < num_experts))[:, None], terms, 0.0)
-    return out.copy_(terms.view(out.shape[0], fan_out, y.shape[1]).sum(1))
+    out.copy_(terms.view(out.shape[0], fan_out, y.shape[1]).sum(1))
 
 
 def dropout(

@@ -166,21 +166,21 @@ def gram(
     left_fan_out: int,
     right_fan_out: int = 0,
     row_weights: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """See `reference.gram`."""
     _, P, Q = out.shape
     if out.numel() == 0:
-        return out
+        return
     wide = min(P, Q) >= HOPPER_ROWS and row_weights is None and left.element_size() == 2
     if right is not None and wide and has_hopper_kernels(gpu(left).architecture):
         from .hopper_gram import hopper_gram
 
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
-            return out
+            return
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
     if narrow is not None and right is not None:
         narrow.hopper_narrow(left, right, routing, out, x_fan_out=left_fan_out)
-        return out
+        return
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
     _launch(
         left,
@@ -192,7 +192,6 @@ def gram(
         right_fan_out=right_fan_out,
         row_weights=row_weights,
     )
-    return out
 
 
 def shrink_gram(
