@@ -111,7 +111,6 @@ def _act_grad_kernel(
     OUT_SCATTERED: tl.constexpr,
     ZERO_TAIL: tl.constexpr,
     SAVE_A: tl.constexpr,
-    STORE_DOT: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,7 +126,7 @@ def _act_grad_kernel(
     else:
         _, first_row, end, has_rows, has_expert = scheduled_part(tiles_ptr, tl.program_id(0), TILE_ROWS, BLOCK_M)
         # Rows of no expert are visited where something is to be zeroed.
-        if not (has_rows & (has_expert | ZERO_TAIL | STORE_DOT)):
+        if not (has_rows & (has_expert | ZERO_TAIL | (dot_ptr is not None))):
             return
         rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
         # Only experts' rows are read: others hold nothing.
@@ -166,7 +165,7 @@ def _act_grad_kernel(
         dot += tl.sum(a * g, axis=1)
         if SAVE_A:
             tl.store(g_row[:, None] + n[None, :], (a * weight[:, None]).to(dtype), mask=stores[:, None] & inside)
-    if STORE_DOT:
+    if dot_ptr is not None:
         tl.store(dot_ptr + slots, dot.to(dot_ptr.dtype.element_ty), mask=mask)
 
 
@@ -249,7 +248,6 @@ def act_grad(
         OUT_SCATTERED=out_scattered,
         ZERO_TAIL=zero_tail,
         SAVE_A=save_a,
-        STORE_DOT=dot is not None,
         TILE_ROWS=rows_of_tile,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

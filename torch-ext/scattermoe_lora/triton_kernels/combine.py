@@ -23,8 +23,6 @@ def _combine_kernel(
     num_experts,
     stride_out,
     FAN_OUT: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -34,11 +32,11 @@ def _combine_kernel(
     for j in range(FAN_OUT):
         slot = t * FAN_OUT + j
         valid = mask
-        if HAS_IDS:
+        if ids_ptr is not None:
             expert = tl.load(ids_ptr + slot)
             valid = n < tl.where((expert >= 0) & (expert < num_experts), N, 0)
         y = tl.load(y_ptr + slot * N + n, mask=valid, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             # Not y * weight where the slot is not valid: 0 * Inf would be NaN.
             weight = tl.load(weights_ptr + slot).to(tl.float32)
             y = tl.where(valid, y * weight, 0.0)
@@ -68,7 +66,5 @@ def combine(
         4,
         1,
         FAN_OUT=fan_out,
-        HAS_WEIGHTS=weights is not None,
-        HAS_IDS=expert_ids is not None,
         BLOCK_N=block_n,
     )

@@ -52,7 +52,6 @@ def _dropout_kernel(
     stride_xm,
     stride_xn,
     STREAM: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -60,7 +59,7 @@ def _dropout_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = n < N
     number = row
-    if HAS_ROWS:
+    if rows_ptr is not None:
         number = tl.load(rows_ptr + row)
     x = tl.load(x_ptr + row * stride_xm + n.to(tl.int64) * stride_xn, mask=mask, other=0.0).to(tl.float32)
     y = dropped(x, seed_key(seed_ptr, STREAM), number, n, threshold, scale)
@@ -89,7 +88,6 @@ def dropout(
         4,
         1,
         STREAM=stream,
-        HAS_ROWS=rows is not None,
         ADD=add,
         BLOCK_N=block_n,
     )

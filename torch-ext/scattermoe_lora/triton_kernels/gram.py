@@ -69,9 +69,6 @@ def _gram_kernel(
     stride_oq,
     LEFT_FAN_OUT: tl.constexpr,
     RIGHT_FAN_OUT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
     PART: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -79,7 +76,7 @@ def _gram_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """A tile of an expert's output, of all its rows; with PART "rest" a partial one, of a chunk that is not the
-    expert's first; with "first" that of its first chunk, and the partial ones added. With HAS_FACTOR the part that the
+    expert's first; with "first" that of its first chunk, and the partial ones added. With a factor the part that the
     tile's P columns have in each row's product, ``products [tiles of P, slots, Q]``. Of Q columns, which a rank's
     padding is among, ``out_columns`` are stored."""
     q_tiles = tl.cdiv(Q, BLOCK_Q)
@@ -109,7 +106,7 @@ def _gram_kernel(
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     inside = (p < P)[:, None] & (q < Q)[None, :]
-    if HAS_FACTOR:
+    if factor_ptr is not None:
         factor = factor_ptr + expert.to(tl.int64) * stride_fe
         factor += p[:, None].to(tl.int64) * stride_fp + q[None, :].to(tl.int64) * stride_fq
         factor = tl.load(factor, mask=inside, other=0.0)
@@ -124,7 +121,7 @@ def _gram_kernel(
             mask=mask[None, :] & (p < P)[:, None],
             other=0.0,
         )
-        if HAS_RIGHT:
+        if right_ptr is not None:
             right_rows = operand_rows(rows, slots, RIGHT_FAN_OUT)
             right = tl.load(
                 right_ptr + right_rows[:, None] * stride_rm + q[None, :].to(tl.int64) * stride_rq,
@@ -133,11 +130,11 @@ def _gram_kernel(
             )
         else:
             right = tl.where(mask[:, None] & (q < Q)[None, :], 1.0, 0.0)
-        if HAS_WEIGHTS:
+        if row_weights_ptr is not None:
             weights = tl.load(row_weights_ptr + slots, mask=mask, other=0.0).to(tl.float32)
             right = right.to(tl.float32) * weights[:, None]
         acc = tl.dot(left, right.to(dtype), acc, input_precision="ieee")
-        if HAS_FACTOR:
+        if factor_ptr is not None:
             product = tl.dot(tl.trans(left), factor, input_precision="ieee") * scale
             tl.store(products + rows[:, None] * Q + q[None, :], product, mask=mask[:, None] & (q < Q)[None, :])
     of_partial = p[:, None].to(tl.int64) * Q + q[None, :]
@@ -295,9 +292,6 @@ def _launch(
             tile.num_stages,
             LEFT_FAN_OUT=left_fan_out,
             RIGHT_FAN_OUT=right_fan_out,
-            HAS_RIGHT=right is not None,
-            HAS_WEIGHTS=row_weights is not None,
-            HAS_FACTOR=factor is not None,
             PART=part,
             EXPERTS=max(16, tiles.next_power_of_2(num_experts)),
             BLOCK_P=tile.block_m,

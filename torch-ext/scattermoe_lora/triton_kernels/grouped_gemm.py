@@ -66,7 +66,7 @@ def _tile(
     expert, first_row, end, column_tile, N, K, R,
     stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_ee, stride_er, stride_en, stride_be, stride_bn,
     X_FAN_OUT: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, OUT_SCATTERED: tl.constexpr,
-    LORA_STEPS: tl.constexpr, UNROLL_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    LORA_STEPS: tl.constexpr, UNROLL_LORA: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output, of BLOCK_M rows."""
@@ -103,7 +103,7 @@ def _tile(
         else:
             for step in tl.range(0, LORA_STEPS, num_stages=2):
                 acc = _lora_step(acc, z_row, expand_column, step * BLOCK_R, R, stride_er, BLOCK_R)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + e * stride_be + column * stride_bn).to(tl.float32)[None, :]
     out = out_ptr + operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)[:, None] * N + n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
@@ -141,7 +141,6 @@ def _grouped_gemm_kernel(
     ZERO_TAIL: tl.constexpr,
     LORA_STEPS: tl.constexpr,
     UNROLL_LORA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -165,7 +164,7 @@ def _grouped_gemm_kernel(
                 expert, first_row, end, column_tile, N, K, R,
                 stride_xm, stride_xk, stride_we, stride_wk, stride_wn,
                 stride_ee, stride_er, stride_en, stride_be, stride_bn,
-                X_FAN_OUT, X_TMA, W_TMA, OUT_SCATTERED, LORA_STEPS, UNROLL_LORA, HAS_BIAS, EVEN_K,
+                X_FAN_OUT, X_TMA, W_TMA, OUT_SCATTERED, LORA_STEPS, UNROLL_LORA, EVEN_K,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
 
@@ -288,7 +287,6 @@ def grouped_gemm(
         ZERO_TAIL=zero_tail,
         LORA_STEPS=tiles.cdiv(rank, block_r),
         UNROLL_LORA=unroll_lora,
-        HAS_BIAS=bias is not None,
         EVEN_K=K % tile.block_k == 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

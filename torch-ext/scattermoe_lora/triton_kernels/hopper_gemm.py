@@ -313,7 +313,7 @@ def _multiply(
     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told, full, empty, N, K,
     scale, stride_be, stride_bn, PART: gl.constexpr, GATHERED: gl.constexpr, W_TMA: gl.constexpr,
     EXPAND_TMA: gl.constexpr, OUT_SCATTERED: gl.constexpr, ZERO_TAIL: gl.constexpr, LORA_STEPS: gl.constexpr,
-    BLOCK_R: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr,
+    BLOCK_R: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, SHIFT: gl.constexpr, HAS_GATE: gl.constexpr, PIECES: gl.constexpr,
     GROUP_M: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
@@ -367,7 +367,7 @@ def _multiply(
                     out_ptr, a_ptr, held, scattered_ptr, held_row, held_end, held_column, N, rest, PART,
                     OUT_SCATTERED, ACTIVATION, ALPHA, LIMIT, SHIFT, HAS_GATE, PIECES,
                 )  # fmt: skip
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products))
                 within = column_tile * WIDTH + n % WIDTH
                 column = within + n // WIDTH * (N // PIECES)
@@ -431,7 +431,6 @@ def _hopper_gemm_kernel(
     OUT_SCATTERED: gl.constexpr,
     ZERO_TAIL: gl.constexpr,
     LORA_STEPS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     SCALED: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ALPHA: gl.constexpr,
@@ -464,7 +463,7 @@ def _hopper_gemm_kernel(
                 (
                     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
                     full, empty, N, K, scale, stride_be, stride_bn, 0, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
-                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
                     HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
@@ -473,7 +472,7 @@ def _hopper_gemm_kernel(
                 (
                     bias_ptr, row_weights_ptr, out_ptr, a_ptr, tiles_ptr, scattered_ptr, a_ring, b_ring, held, told,
                     full, empty, N, K, scale, stride_be, stride_bn, 1, X_FAN_OUT > 0, W_TMA, EXPAND_TMA,
-                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, HAS_BIAS, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
+                    OUT_SCATTERED, ZERO_TAIL, LORA_STEPS, BLOCK_R, SCALED, ACTIVATION, ALPHA, LIMIT, SHIFT,
                     HAS_GATE, PIECES, GROUP_M, STAGES, BLOCK_M, BLOCK_N, BLOCK_K,
                 ),
             ),
@@ -593,7 +592,6 @@ def hopper_gemm(
         OUT_SCATTERED=out_scattered,
         ZERO_TAIL=zero_tail,
         LORA_STEPS=tiles.cdiv(rank, block_r),
-        HAS_BIAS=bias is not None,
         SCALED=scale != 1.0,
         **(activation or {"ACTIVATION": "", "ALPHA": 0.0, "LIMIT": 0.0, "SHIFT": 0.0}),
         HAS_GATE=has_gate,

@@ -81,8 +81,8 @@ def steps_of(start, end, BLOCK_M: gl.constexpr):
 def _load(
     x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring, factors, full, empty,
     unused, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp, FAN_OUT: gl.constexpr,
-    HAS_FACTOR: gl.constexpr, EVEN_P: gl.constexpr, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
+    EVEN_P: gl.constexpr, CHUNKED: gl.constexpr, BY_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    PIECES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """The loading warps: all blocks of all units, as far ahead as the ring allows."""
     WIDTH: gl.constexpr = PIECES * BLOCK_P
@@ -105,7 +105,7 @@ def _load(
         next_expert, next_start, next_end, next_tile, _chunk = unit_of(
             tiles_ptr, offsets_ptr, following, num_experts, chunk_rows, P, CHUNKED, BY_COLUMNS, WIDTH
         )
-        if HAS_FACTOR:
+        if factor_ptr is not None:
             factor = factor_ptr + expert.to(gl.int64) * stride_fe
             mbarrier.wait(unused.index(turn), turn_phase)
             for piece in gl.static_range(PIECES):
@@ -259,7 +259,6 @@ def _hopper_narrow_kernel(
     stride_op,
     stride_oq,
     FAN_OUT: gl.constexpr,
-    HAS_FACTOR: gl.constexpr,
     EVEN_P: gl.constexpr,
     CHUNKED: gl.constexpr,
     BY_COLUMNS: gl.constexpr,
@@ -274,8 +273,8 @@ def _hopper_narrow_kernel(
     right_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_Q], dtype)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_P], x_layout)
     right_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_Q], right_layout)
-    full, empty = barriers(128, STAGES, 2 if HAS_FACTOR else 1)
-    if HAS_FACTOR:
+    full, empty = barriers(128, STAGES, 1 if factor_ptr is None else 2)
+    if factor_ptr is not None:
         factor_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, BLOCK_Q], dtype)
         factors = gl.allocate_shared_memory(dtype, [2 * PIECES, BLOCK_P, BLOCK_Q], factor_layout)
         unused = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -305,7 +304,7 @@ def _hopper_narrow_kernel(
                     (
                         x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring,
                         factors, full, empty, unused, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp,
-                        FAN_OUT, True, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
+                        FAN_OUT, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
             ],
@@ -328,7 +327,7 @@ def _hopper_narrow_kernel(
                     (
                         x_ptr, right_ptr, factor_ptr, tiles_ptr, offsets_ptr, scattered_ptr, x_ring, right_ring,
                         right_ring, full, empty, empty, num_experts, chunk_rows, P, stride_xm, stride_fe, stride_fp,
-                        FAN_OUT, False, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
+                        FAN_OUT, EVEN_P, CHUNKED, BY_COLUMNS, STAGES, PIECES, BLOCK_P, BLOCK_Q, BLOCK_M,
                     ),
                 ),
             ],
@@ -403,7 +402,6 @@ def hopper_narrow(
         4,
         stages,
         FAN_OUT=x_fan_out,
-        HAS_FACTOR=factor is not None,
         EVEN_P=P % columns == 0,
         CHUNKED=partial is not None,
         BY_COLUMNS=x_fan_out > 1,

@@ -39,7 +39,6 @@ def _shrink_kernel(
     stride_fr,
     X_FAN_OUT: tl.constexpr,
     OUT_SCATTERED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -63,7 +62,7 @@ def _shrink_kernel(
     inside = mask[:, None] & (r < R)[None, :]
     out_rows = operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)
     tl.store(out_ptr + out_rows[:, None] * R + r[None, :], (acc * scale).to(dtype), mask=inside)
-    if WEIGHTED:
+    if weighted_ptr is not None:
         weights = tl.load(row_weights_ptr + slots, mask=mask, other=0.0).to(tl.float32)
         weighted = (acc * scale * weights[:, None]).to(dtype)
         tl.store(weighted_ptr + rows[:, None] * R + r[None, :], weighted, mask=inside)
@@ -115,7 +114,6 @@ def shrink(
         tile.num_stages,
         X_FAN_OUT=x_fan_out,
         OUT_SCATTERED=out_scattered,
-        WEIGHTED=weighted is not None,
         TILE_ROWS=routing.tile_rows,
         BLOCK_M=tile.block_m,
         BLOCK_R=tile.block_n,
