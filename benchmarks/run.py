@@ -143,8 +143,8 @@ class Layer:
             num_experts_per_tok=model.top_k,
         )
         config._experts_implementation = "grouped_mm"
+        holder: Any = torch.nn.Module()
         with torch.device("meta"):
-            holder = torch.nn.Module()
             holder.experts = Qwen3MoeExperts(config)
         holder.experts.gate_up_proj = torch.nn.Parameter(self.up, requires_grad=False)
         holder.experts.down_proj = torch.nn.Parameter(self.down, requires_grad=False)
@@ -290,8 +290,15 @@ def new_result(*packages: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # ROCm's Triton has another name
+        return "not installed"
 
 
 def write(result: dict[str, Any], folder: Path, kind: str) -> None:

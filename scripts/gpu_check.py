@@ -10,8 +10,6 @@ Prints a table and writes a JSON file named by date and GPU. Without a GPU it sa
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -27,9 +25,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from cases import MODELS, Model  # noqa: E402
 from numerics import Case, relative_error  # noqa: E402
+from run import MIB, has_gpu, new_result, our_kernel, write  # noqa: E402
 from timing import median_ms  # noqa: E402
-
-MIB = 2**20
 
 
 def main() -> int:
@@ -37,21 +34,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     parser.add_argument("--no-finetune", action="store_true", help="leave the fine-tuning example out")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("SKIPPED: this machine has no GPU. Nothing was checked.", file=sys.stderr)
+    if not has_gpu():
         return 0
 
-    from kernels import get_kernel
-
-    kernel = get_kernel("org/scattermoe-lora", version=1)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "kernel": kernel.__name__,
-        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "kernels")},
-        "errors": [],
-        "times": [],
-    }
+    kernel = our_kernel()
+    result = new_result("torch", "triton", "transformers", "peft", "kernels")
+    result |= {"kernel": kernel.__name__, "errors": [], "times": []}
     print(f"{result['gpu']}, {result['versions']}\n")
     print("Relative error against float64, T = 2048, r = 16, base frozen")
     for model in MODELS.values():
@@ -67,18 +55,8 @@ def main() -> int:
     if not options.no_finetune:
         result["finetune"] = _finetune()
         print(f"\nscripts/finetune.py on the GPU: {json.dumps(result['finetune'])}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{result['date']}-{result['gpu'].lower().replace(' ', '-')}-check.json"
-    (options.out / name).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {options.out / name}")
+    write(result, options.out, "check")
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _errors(kernel: ModuleType, model: Model, T: int, dtype: torch.dtype) -> dict[str, float]:
