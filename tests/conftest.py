@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -107,6 +108,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param == "bfloat16" and request.config.getoption("--device") == "interpreter":
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     return getattr(torch, request.param)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `tiny.Ran`: which ops run inside it."""
+    from tiny import Ran
+
+    return Ran(monkeypatch)
 
 
 def inner(kernel: ModuleType, name: str) -> ModuleType:

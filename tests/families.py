@@ -27,7 +27,7 @@ from conftest import REPO_ID, ROOT
 from kernels import get_kernel
 from numerics import relative_error
 from peft import LoraConfig, get_peft_model
-from test_transformers import Ran
+from tiny import Ran
 from torch import Tensor, nn
 
 BOUND = 1e-5

@@ -173,3 +173,99 @@ class Case:
         assert got.keys() == want.keys()
         assert_close({name: (got[name], want[name]) for name in want}, BOUNDS[self.dtype] if bound is None else bound)
         return got
+
+
+@dataclass
+class Linear:
+    """Random inputs of one expert linear, in float64, each rounded to the dtype it will be computed in."""
+
+    T: int
+    k: int
+    E: int
+    r: int
+    K: int
+    N: int
+    dtype: torch.dtype
+    layout: str = ""  # any of grouped_in, grouped_out, gates, bias; without grouped_in a row of inputs is a token's
+    pattern: str = "uniform"
+    scaling: float = 0.5
+    sentinels: bool = False
+    adapter_dtype: torch.dtype | None = None
+    frozen: tuple[str, ...] = ()
+    seed: int = 7
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype).double()
+
+        S = self.T * self.k
+        rows = S if "grouped_in" in self.layout else self.T
+        self.tensors = {"inputs": normal(rows, self.K), "expert_weights": normal(self.E, self.K, self.N)}
+        self.tensors["expert_weights"] *= 2.0 ** -round(torch.tensor(self.K).log2().item() / 2)
+        if "bias" in self.layout:
+            self.tensors["expert_biases"] = normal(self.E, self.N)
+        if "gates" in self.layout:
+            self.tensors["gates"] = torch.rand(self.T, self.k, generator=generator).to(self.dtype).double()
+        if self.r:
+            adapter = self.adapter_dtype or self.dtype
+            self.tensors["lora_A"] = normal(self.E * self.r, self.K, scale=self.K**-0.5, dtype=adapter)
+            self.tensors["lora_B"] = normal(self.N, self.E * self.r, scale=0.5 * self.r**-0.5, dtype=adapter)
+        self.ids = random_routing(self.T, self.E, self.k, generator, self.pattern)
+        if self.sentinels:
+            self.ids[::3, 0] = self.E
+            self.ids[1::3] = self.E + 3
+        self.order = torch.sort(self.ids.reshape(-1), stable=True).indices
+        self.grad = normal(self.T if "gates" in self.layout else S, self.N)
+
+    def routing(self, kernel, device) -> dict[str, Tensor]:
+        names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+        return dict(zip(names, kernel.flatten_sort_count(self.ids.to(device), self.E), strict=True))
+
+    def run(self, kernel, device, view=lambda name, leaf: leaf) -> dict[str, Tensor]:
+        """Output and gradients of the kernel, which is given ``view(name, leaf)`` of each tensor."""
+        leaves = {}
+        for name, tensor in self.tensors.items():
+            dtype = (self.adapter_dtype or self.dtype) if name.startswith("lora") else self.dtype
+            leaves[name] = tensor.to(device, dtype, copy=True).requires_grad_(name not in self.frozen)
+        grouped_in, grouped_out = "grouped_in" in self.layout, "grouped_out" in self.layout
+        arguments = {name: view(name, leaf) for name, leaf in leaves.items()}
+        arguments |= {"k": 1 if grouped_in else self.k, "grouped_in": grouped_in, "grouped_out": grouped_out}
+        arguments |= self.routing(kernel, device)
+        if self.r:
+            out = kernel.parallel_linear_lora(**arguments, scaling=self.scaling)
+        else:
+            out = kernel.parallel_linear(**arguments)
+        if out.requires_grad:
+            out.backward(self.grad.to(device, out.dtype))
+        grads = {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {"output": out.detach(), **grads}
+
+    def want(self, kernel) -> dict[str, Tensor]:
+        """The same by the definition: a row for every slot, a loop over experts with merged weights, autograd."""
+        x = {name: t.clone().requires_grad_(name not in self.frozen) for name, t in self.tensors.items()}
+        if "grouped_in" in self.layout:
+            scattered = x["inputs"][torch.argsort(self.order)]
+        else:
+            scattered = x["inputs"].repeat_interleave(self.k, 0)
+        lora = None
+        if self.r:
+            A = x["lora_A"].view(self.E, self.r, self.K)
+            B = x["lora_B"].view(self.N, self.E, self.r).transpose(0, 1)
+            lora = kernel.ExpertLoRA(A, B, self.scaling)
+        ids, bias = self.ids.reshape(-1), x.get("expert_biases")
+        y = kernel.reference.parallel_linear(scattered, x["expert_weights"], ids, lora=lora, expert_biases=bias)
+        if "gates" in self.layout:
+            out = (x["gates"][..., None] * y.view(self.T, self.k, self.N)).sum(1)
+        else:
+            out = y[self.order] if "grouped_out" in self.layout else y
+        out.backward(self.grad)
+        return {"output": out.detach(), **{f"d {n}": leaf.grad for n, leaf in x.items() if leaf.grad is not None}}
+
+    def check(self, kernel, device, bound: float | None = None) -> dict[str, Tensor]:
+        got, want = self.run(kernel, device), self.want(kernel)
+        assert got.keys() == want.keys()
+        assert_close({name: (got[name], want[name]) for name in want}, BOUNDS[self.dtype] if bound is None else bound)
+        return got

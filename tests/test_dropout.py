@@ -10,8 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import inner
 from numerics import BASE, BOUNDS, Case, assert_close
-from test_transformers import check_same
-from tiny import loss_and_grads, tiny_model, tokens, wrap
+from tiny import check_same, loss_and_grads, tiny_model, tokens, wrap
 from torch.utils.checkpoint import checkpoint
 
 every_device = pytest.mark.every_device

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from peft import PeftModel
-from test_transformers import Ran
+from tiny import Ran
 from transformers import AutoModelForCausalLM
 
 EXAMPLES = ROOT / "examples"

@@ -14,8 +14,7 @@ import pytest
 import torch
 from cases import MODELS
 from conftest import inner
-from numerics import BASE, Case, relative_error
-from test_parallel_linear import Linear
+from numerics import BASE, Case, Linear, relative_error
 
 pytestmark = pytest.mark.gpu
 

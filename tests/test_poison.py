@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import inner
-from numerics import Case
-from test_parallel_linear import Linear
+from numerics import Case, Linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from numerics import BASE, BOUNDS, Case
-from test_parallel_linear import Linear
+from numerics import BASE, BOUNDS, Case, Linear
 from torch import Tensor
 
 pytestmark = pytest.mark.every_device

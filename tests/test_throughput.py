@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 from conftest import script
-from test_transformers import Ran
+from tiny import Ran
 
 TINY = [
     "--tiny",

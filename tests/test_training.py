@@ -10,17 +10,11 @@ import torch
 from numerics import assert_close, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from test_transformers import BOUND, Ran, check_same
-from tiny import SMALL, loss_and_grads, targets, tiny_model, tokens, wrap
+from tiny import BOUND, SMALL, check_same, loss_and_grads, targets, tiny_model, tokens, wrap
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
-
-
-@pytest.fixture
-def ran(monkeypatch) -> Ran:
-    return Ran(monkeypatch)
 
 
 def everywhere(**changes) -> LoraConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from pathlib import Path
 
 import kernels
@@ -14,54 +13,12 @@ from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub,
 from numerics import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import BLOCK, FAMILIES, loss_and_grads, targets, tiny_model, tokens, wrap
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import BLOCK, BOUND, FAMILIES, check_same, loss_and_grads, targets, tiny_model, tokens, wrap
 from transformers import AutoConfig, AutoModelForCausalLM
-
-BOUND = 1e-5
-
-
-class Ran(TorchDispatchMode):
-    """Counts the kernel's ops and PEFT's merges that run inside it: the proof of which forward it was."""
-
-    def __init__(self, monkeypatch) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-        self.merges = 0
-        for proxy in (peft_layer._LoraFactorsProxy, peft_layer._LoraParameterProxy):
-            monkeypatch.setattr(proxy, "forward", self._counted(proxy.forward))
-
-    def _counted(self, forward):
-        def counting(proxy, weight):
-            self.merges += weight.dim() == 3  # an expert stack, not a router's matrix
-            return forward(proxy, weight)
-
-        return counting
-
-    def __enter__(self) -> Ran:
-        self.ops.clear()
-        self.merges = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "scattermoe_lora" in func.namespace:
-            self.ops[func.__name__.partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def ran(monkeypatch) -> Ran:
-    return Ran(monkeypatch)
 
 
 def moe_layers(model) -> int:
     return sum(hasattr(module, "down_proj") and hasattr(module, "is_transposed") for module in model.modules())
-
-
-def check_same(got, want, bound: float = BOUND) -> None:
-    (logits, grads), (want_logits, want_grads) = got, want
-    assert grads.keys() == want_grads.keys()
-    assert_close({"logits": (logits, want_logits), **{n: (grads[n], want_grads[n]) for n in want_grads}}, bound)
 
 
 @pytest.mark.every_device

@@ -16,8 +16,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import inner
 from numerics import assert_close
 from peft import LoraConfig, get_peft_model
-from test_transformers import BOUND, Ran, check_same
-from tiny import loss_and_grads, tiny_model, tokens, wrap
+from tiny import BOUND, check_same, loss_and_grads, tiny_model, tokens, wrap
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM, KernelConfig
@@ -35,11 +34,6 @@ integrated = pytest.mark.skipif(
 )
 
 NAMES = [f"model.layers.{i}.mlp.experts" for i in range(2)]
-
-
-@pytest.fixture
-def ran(monkeypatch) -> Ran:
-    return Ran(monkeypatch)
 
 
 @pytest.fixture

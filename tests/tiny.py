@@ -1,12 +1,18 @@
-"""Tiny random models of real transformers classes, and their PEFT wrapping, for the integration tests."""
+"""Tiny random models of real transformers classes, their wrapping by PEFT, and what runs in them, for the tests."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import peft.tuners.lora.layer as peft_layer
 import torch
+from numerics import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BOUND = 1e-5
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -101,3 +107,37 @@ def loss_and_grads(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Ten
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return out.logits.detach(), grads
+
+
+def check_same(got, want, bound: float = BOUND) -> None:
+    (logits, grads), (want_logits, want_grads) = got, want
+    assert grads.keys() == want_grads.keys()
+    assert_close({"logits": (logits, want_logits), **{n: (grads[n], want_grads[n]) for n in want_grads}}, bound)
+
+
+class Ran(TorchDispatchMode):
+    """Counts the kernel's ops and PEFT's merges that run inside it: the proof of which forward it was."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.merges = 0
+        for proxy in (peft_layer._LoraFactorsProxy, peft_layer._LoraParameterProxy):
+            monkeypatch.setattr(proxy, "forward", self._counted(proxy.forward))
+
+    def _counted(self, forward):
+        def counting(proxy, weight):
+            self.merges += weight.dim() == 3  # an expert stack, not a router's matrix
+            return forward(proxy, weight)
+
+        return counting
+
+    def __enter__(self) -> Ran:
+        self.ops.clear()
+        self.merges = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scattermoe_lora" in func.namespace:
+            self.ops[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
