@@ -74,8 +74,7 @@ def _entry(owner: str, member: griffe.Object | griffe.Alias, level: int) -> Iter
     """A heading, the call, and the docstring; of a class its methods too."""
     name = f"{owner}.{member.name}".lstrip(".")
     yield f"{'#' * level} `{name}`\n"
-    constructor = member.members.get("__init__") if member.is_class else None
-    if member.is_function or constructor is not None or _is_dataclass(member):
+    if member.is_function or "__init__" in member.members or "dataclass" in member.labels:
         yield _call(name, member)
     if member.docstring is None:
         raise SystemExit(f"error: {member.path} is public and has no docstring")
@@ -84,10 +83,6 @@ def _entry(owner: str, member: griffe.Object | griffe.Alias, level: int) -> Iter
         for method in member.members.values():
             if method.is_function and not method.name.startswith("_") and method.docstring is not None:
                 yield from _entry(name, method, level + 1)
-
-
-def _is_dataclass(member: griffe.Object | griffe.Alias) -> bool:
-    return member.is_class and "dataclass" in member.labels
 
 
 def _call(name: str, member: Any) -> str:

@@ -60,10 +60,9 @@ def version_problems(kernel: Kernel) -> list[str]:
 
     newest = releases[0][0] if releases else 0
     allowed = [newest, newest + 1] if unreleased else [newest]
-    if releases or unreleased:
-        if version not in allowed:
-            expected = " or ".join(map(str, allowed))
-            problems.append(f"build.toml: version is {version}, and after CHANGELOG.md it is {expected}; change one")
+    if (releases or unreleased) and version not in allowed:
+        expected = " or ".join(map(str, allowed))
+        problems.append(f"build.toml: version is {version}, and after CHANGELOG.md it is {expected}; change one")
 
     for tag in tags(kernel):
         match = re.fullmatch(r"v(\d+)\.\d+\.\d+", tag)

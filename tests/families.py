@@ -7,14 +7,12 @@ does the same a family at a time and holds the file to it.
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import functools
 import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -256,12 +254,6 @@ def layout(experts: Any) -> str:
     return ", ".join(name for name, on in flags.items() if on) or "-"
 
 
-@contextlib.contextmanager
-def counting() -> Iterator[Ran]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield Ran(patch)
-
-
 def compare(kernel: ModuleType, family: Family) -> Result:
     """Runs a family with and without the kernel.
 
@@ -284,7 +276,7 @@ def compare(kernel: ModuleType, family: Family) -> Result:
         left = dict(report.left)
     except ValueError as error:
         report, left = None, {"": str(error).rpartition(": ")[2]}
-    with counting() as ran, ran:
+    with pytest.MonkeyPatch.context() as patch, Ran(patch) as ran:
         got = run(model)
     if left:
         assert report is None and not ran.ops, "either all of a family's experts are switched or none"
