@@ -10,6 +10,7 @@ specialised warps all of these in one pass take 170 for 252: see `hopper_act_gra
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -260,45 +261,32 @@ def act_grad_grams(
     h: Tensor,
     routing: Routing,
     *,
-    row_weights: Tensor,
     activation: str,
     has_gate: bool,
     is_concatenated: bool,
-    dot_dtype: torch.dtype | None,
-    out: Tensor | None,
     right_a: Tensor,
-    out_a: Tensor,
-    factor: Tensor,
     right_h: Tensor,
-    out_h: Tensor,
-    scale: float,
-    seed: Tensor | None,
-    p: float,
+    factor: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """See `reference.act_grad_grams`: made on Hopper, where the ranks are small."""
-    if has_gate and uses_hopper_tiles(g, routing):
-        from . import hopper_act_grad
+    if not has_gate or not uses_hopper_tiles(g, routing):
+        return None
+    from . import hopper_act_grad
 
-        if hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
-            return hopper_act_grad.hopper_act_grad(
-                g,
-                h,
-                routing,
-                row_weights=row_weights,
-                activation=constants(activation),
-                is_concatenated=is_concatenated,
-                dot_dtype=dot_dtype,
-                out=out,
-                right_a=right_a,
-                out_a=out_a,
-                factor=factor,
-                right_h=right_h,
-                out_h=out_h,
-                scale=scale,
-                seed=seed,
-                p=p,
-            )
-    return None
+    if not hopper_act_grad.reads(g, h, right_a, right_h, factor, is_concatenated):
+        return None
+    return hopper_act_grad.hopper_act_grad(
+        g,
+        h,
+        routing,
+        activation=constants(activation),
+        is_concatenated=is_concatenated,
+        right_a=right_a,
+        right_h=right_h,
+        factor=factor,
+        **options,
+    )
 
 
 def activated(h: Tensor, *, activation: str, has_gate: bool, is_concatenated: bool) -> Tensor:
