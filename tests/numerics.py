@@ -1,4 +1,4 @@
-"""How the tests judge numbers: fp64 autograd over the definition, the error as ||x - ref|| / ||ref||."""
+"""How the tests judge numbers: random layers against fp64 autograd over the definition, by ||x - ref|| / ||ref||."""
 
 from __future__ import annotations
 

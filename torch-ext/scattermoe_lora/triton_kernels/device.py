@@ -1,4 +1,4 @@
-"""What the launchers ask of a device: its architecture, shared memory and processors, and its context for a thread."""
+"""What the launchers ask of a device: its properties, whether Hopper's own kernels are for it, a thread's context."""
 
 from __future__ import annotations
 

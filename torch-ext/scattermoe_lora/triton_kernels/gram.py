@@ -175,7 +175,7 @@ def gram(
         if hopper_gram(left, right, routing, out, left_fan_out=left_fan_out, right_fan_out=right_fan_out):
             return
     narrow = _hopper_narrow(left, right, routing, right_fan_out, row_weights)
-    if narrow is not None and right is not None:
+    if narrow is not None:
         narrow.hopper_narrow(left, right, routing, out, x_fan_out=left_fan_out)
         return
     tile = tiles.gram_tile(P, Q, left.dtype, gpu(left))
