@@ -52,6 +52,15 @@ def test_at_the_limit(kernel, device):
 
 
 @every_device
+def test_the_gradient_at_nan(kernel, device):
+    """It is NaN where torch's own is: a zero would hide it from every weight's gradient."""
+    for name in ("silu", "gelu", "gelu_tanh", "relu2"):
+        leaf = torch.tensor([[float("nan"), 1.0]], device=device).requires_grad_()
+        (dh,) = torch.autograd.grad(kernel.activate(leaf, name, has_gate=False).sum(), leaf)
+        assert dh.isnan().tolist() == [[True, False]], name
+
+
+@every_device
 @pytest.mark.parametrize("rows, units", [(0, 8), (1, 1), (8, 128), (9, 130), (300, 24)])
 def test_sizes_and_strides(kernel, device, rows, units):
     """Columns of a wider tensor, transposed rows, a gradient that is a view: the results of dense ones."""

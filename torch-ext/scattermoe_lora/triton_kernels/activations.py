@@ -42,7 +42,7 @@ def act_grad(x, NAME: tl.constexpr):
     elif NAME == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
     elif NAME == "relu2":
-        y = tl.where(x > 0, 2.0 * x, 0.0)
+        y = tl.where(x <= 0, 0.0, 2.0 * x)  # NaN stays NaN
     else:
         tl.static_assert(NAME == "identity", "unknown activation")
         y = tl.full(x.shape, 1.0, tl.float32)
