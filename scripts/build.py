@@ -147,9 +147,8 @@ def render_card(kernel: Kernel, repo_id: str | None = None) -> str:
     _, names = _public_names(_parse(kernel, kernel.package / "__init__.py"))
     public, layers = names or [], None
     if "layers" in public:
-        # kernel-builder lists the classes defined in layers/__init__.py; this also lists those it only re-exports.
-        tree = _parse(kernel, kernel.package / "layers" / "__init__.py")
-        layers = [node.name for node in tree.body if isinstance(node, ast.ClassDef)] or _public_names(tree)[1]
+        tree = _parse(kernel, kernel.package / "layers" / "__init__.py")  # as kernel-builder: classes defined there
+        layers = [node.name for node in tree.body if isinstance(node, ast.ClassDef)] or None
     template = (kernel.root / "CARD.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     try:
@@ -366,17 +365,6 @@ def _outside_digest(file: Path) -> bool:
 # Check the source
 
 ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "triton"}
-REGISTRATIONS = {
-    "custom_op",
-    "triton_op",
-    "register_autocast",
-    "register_autograd",
-    "register_fake",
-    "register_kernel",
-    "register_torch_dispatch",
-    "register_vmap",
-    "impl_abstract",
-}
 PREFIX_ADVICE = 'name the op by a literal add_op_namespace_prefix("...") from ._ops'
 
 
@@ -453,53 +441,22 @@ def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _registration_problems(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Op registrations whose name is not the build's own namespace: two versions of a kernel would collide."""
-    library, functions = _torch_library_names(tree)
-    decorators = {
-        decorator
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        for decorator in node.decorator_list
-    }
+    """Op registrations whose name is not the build's own namespace: two versions of a kernel would collide.
+
+    They are found as `torch.library.f(...)`, so its functions have no other name; `infer_schema` alone names no op.
+    """
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = _last_name(node.func)
-        if isinstance(node.func, ast.Name):
-            called = functions.get(called, called)
-            from_library = called in REGISTRATIONS or node.func.id in functions
-        else:
-            from_library = isinstance(node.func, ast.Attribute) and _last_name(node.func.value) in library
-        keywords = [keyword.value for keyword in node.keywords if keyword.arg in ("name", "op", "qualname")]
-        first = next(iter([*node.args, *keywords]), None)
-        if from_library and called == "Library":
-            yield node.lineno, "torch.library.Library has no namespace of its own build; use torch.library.custom_op"
-        elif from_library and called in REGISTRATIONS | {"define", "impl"}:
-            if not _is_prefixed(first):
-                yield node.lineno, f"{called}: {PREFIX_ADVICE}"
-        elif called in REGISTRATIONS and first is not None and not _is_prefixed(first):
-            # A method of an op object needs no name, but kernel-builder takes what a decorator is given for one.
-            if isinstance(first, ast.Constant) and "::" in str(first.value):
-                yield node.lineno, f"{called}: {PREFIX_ADVICE}"
-            elif node in decorators and node.args:
-                yield node.lineno, f"{called}: kernel-builder takes the first argument for an op's name; use a keyword"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            if any(f"{module}{alias.name}.".startswith("torch.library.") for alias in node.names):
+                yield node.lineno, "torch.library by another name; `import torch` and write `torch.library.f(...)`"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if _last_name(node.func.value) == "library" and node.func.attr != "infer_schema":
+                if not (node.args and _is_prefixed(node.args[0])):
+                    yield node.lineno, f"{node.func.attr}: {PREFIX_ADVICE}"
 
 
-def _torch_library_names(tree: ast.Module) -> tuple[set[str], dict[str, str]]:
-    """The names a module has for `torch.library`, and those for its functions with what they stand for."""
-    library = {"library"}
-    functions: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            library |= {alias.asname for alias in node.names if alias.name == "torch.library" and alias.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
-            library |= {alias.asname for alias in node.names if alias.name == "library" and alias.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module == "torch.library":
-            functions |= {alias.asname or alias.name: alias.name for alias in node.names}
-    return library, functions
-
-
-def _is_prefixed(node: ast.expr | None) -> bool:
+def _is_prefixed(node: ast.expr) -> bool:
     """Whether the expression is `add_op_namespace_prefix("name")`."""
     return (
         isinstance(node, ast.Call)

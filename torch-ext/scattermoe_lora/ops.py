@@ -13,7 +13,6 @@ from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
-from torch.library import infer_schema
 
 from . import backend
 from ._ops import add_op_namespace_prefix, ops
@@ -70,7 +69,7 @@ def _route_body(run: ModuleType, expert_ids: Tensor, num_experts: int) -> List[T
     return list(run.route(expert_ids.view(-1), num_experts))
 
 
-torch.library.define(add_op_namespace_prefix("route"), infer_schema(_route, mutates_args=()))
+torch.library.define(add_op_namespace_prefix("route"), torch.library.infer_schema(_route, mutates_args=()))
 torch.library.impl(add_op_namespace_prefix("route"), "CompositeExplicitAutograd", _route)
 route = ops.route.default
 
@@ -304,7 +303,9 @@ def _gemm_combine(
         del y  # before the next piece is allocated
 
 
-torch.library.define(add_op_namespace_prefix("moe_mlp_forward"), infer_schema(_moe_mlp_forward, mutates_args=()))
+torch.library.define(
+    add_op_namespace_prefix("moe_mlp_forward"), torch.library.infer_schema(_moe_mlp_forward, mutates_args=())
+)
 torch.library.impl(add_op_namespace_prefix("moe_mlp_forward"), "CompositeExplicitAutograd", _moe_mlp_forward)
 moe_mlp_forward = ops.moe_mlp_forward.default
 
@@ -599,7 +600,9 @@ def _fake_grads(inputs, needs):
     return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
 
 
-torch.library.define(add_op_namespace_prefix("moe_mlp_backward"), infer_schema(_moe_mlp_backward, mutates_args=()))
+torch.library.define(
+    add_op_namespace_prefix("moe_mlp_backward"), torch.library.infer_schema(_moe_mlp_backward, mutates_args=())
+)
 torch.library.impl(add_op_namespace_prefix("moe_mlp_backward"), "CompositeExplicitAutograd", _moe_mlp_backward)
 moe_mlp_backward = ops.moe_mlp_backward.default
 
@@ -615,7 +618,7 @@ def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, rows: Optional[Tens
     return backend.of(x).dropout(x, seed, p=p, stream=stream, rows=rows)
 
 
-torch.library.define(add_op_namespace_prefix("dropout"), infer_schema(_dropout, mutates_args=()))
+torch.library.define(add_op_namespace_prefix("dropout"), torch.library.infer_schema(_dropout, mutates_args=()))
 torch.library.impl(add_op_namespace_prefix("dropout"), "CompositeExplicitAutograd", _dropout)
 dropout = ops.dropout.default
 
@@ -637,7 +640,7 @@ def _activate_body(
     return [run.activated(h, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)]
 
 
-torch.library.define(add_op_namespace_prefix("activate"), infer_schema(_activate, mutates_args=()))
+torch.library.define(add_op_namespace_prefix("activate"), torch.library.infer_schema(_activate, mutates_args=()))
 torch.library.impl(add_op_namespace_prefix("activate"), "CompositeExplicitAutograd", _activate)
 activate = ops.activate.default
 
@@ -659,7 +662,9 @@ def _activate_backward_body(
     return [run.activated_grad(da, h, activation=activation, has_gate=has_gate, is_concatenated=is_concatenated)]
 
 
-torch.library.define(add_op_namespace_prefix("activate_backward"), infer_schema(_activate_backward, mutates_args=()))
+torch.library.define(
+    add_op_namespace_prefix("activate_backward"), torch.library.infer_schema(_activate_backward, mutates_args=())
+)
 torch.library.impl(add_op_namespace_prefix("activate_backward"), "CompositeExplicitAutograd", _activate_backward)
 activate_backward = ops.activate_backward.default
 
@@ -758,7 +763,8 @@ def _linear_forward_body(
 
 
 torch.library.define(
-    add_op_namespace_prefix("parallel_linear_forward"), infer_schema(_parallel_linear_forward, mutates_args=())
+    add_op_namespace_prefix("parallel_linear_forward"),
+    torch.library.infer_schema(_parallel_linear_forward, mutates_args=()),
 )
 torch.library.impl(
     add_op_namespace_prefix("parallel_linear_forward"), "CompositeExplicitAutograd", _parallel_linear_forward
@@ -912,7 +918,8 @@ def _linear_backward_body(
 
 
 torch.library.define(
-    add_op_namespace_prefix("parallel_linear_backward"), infer_schema(_parallel_linear_backward, mutates_args=())
+    add_op_namespace_prefix("parallel_linear_backward"),
+    torch.library.infer_schema(_parallel_linear_backward, mutates_args=()),
 )
 torch.library.impl(
     add_op_namespace_prefix("parallel_linear_backward"), "CompositeExplicitAutograd", _parallel_linear_backward
