@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "org/scattermoe-lora"
-sys.path.insert(0, str(ROOT / "benchmarks"))  # the registry of real models' sizes
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,12 +121,3 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
 def inner(kernel: ModuleType, name: str) -> ModuleType:
     """A module inside the kernel: the loader gives the package a generated name, so it can't be imported by ours."""
     return importlib.import_module(f"{kernel.__name__}.{name}")
-
-
-def script(name: str) -> ModuleType:
-    """A script of `scripts/`, as a module of its own."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

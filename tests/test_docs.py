@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import re
 import shlex
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,6 @@ from transformers.distributed import DistributedConfig
 
 if not (ROOT / "README.md").is_file():
     pytest.skip("needs the source tree, not only a built kernel", allow_module_level=True)
-sys.path.insert(0, str(ROOT / "scripts"))
 import api_docs  # noqa: E402
 import build as build_script  # noqa: E402
 

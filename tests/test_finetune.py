@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,6 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import script
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "finetune.py"
@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "finetune.py"
 
 @pytest.fixture(scope="module")
 def finetune() -> ModuleType:
-    return script("finetune")
+    return importlib.import_module("finetune")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

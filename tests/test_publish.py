@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/scattermoe-lora"
 
 pytest.importorskip("griffe", reason="the publishing script needs what requirements-dev.txt has")
-sys.path.insert(0, str(ROOT / "scripts"))
 from huggingface_hub import HfApi  # noqa: E402
 
 import build as build_script  # noqa: E402

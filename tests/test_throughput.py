@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from types import ModuleType
 
 import pytest
-from conftest import script
 from tiny import Ran
 
 TINY = [
@@ -28,7 +28,7 @@ TINY = [
 
 @pytest.fixture
 def throughput() -> ModuleType:
-    return script("throughput")
+    return importlib.import_module("throughput")
 
 
 @pytest.mark.parametrize("options", [[], ["--gradient-checkpointing"]], ids=["", "checkpointing"])

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from aot import FAMILIES, PROCESSORS
-from conftest import ROOT, inner
+from conftest import inner
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -41,7 +41,6 @@ def test_tuning_has_no_kernels_of_hoppers_own(kernel, monkeypatch):
     """They have no tiles to choose: timed in place of the general ones they would make all candidates alike."""
     for name in ("device", "gram"):
         monkeypatch.setattr(inner(kernel, f"triton_kernels.{name}"), "has_hopper_kernels", lambda architecture: True)
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     assert importlib.import_module("tune").load() is kernel
     package = f"{kernel.__name__}.triton_kernels"
     asked = [getattr(module, "has_hopper_kernels", None) for name, module in sys.modules.items() if package in name]

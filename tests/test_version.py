@@ -7,12 +7,11 @@ from pathlib import Path
 
 import minijinja
 import pytest
-from test_build import git, small_kernel
+from test_build import build_script, git, small_kernel
+
+import version as version_script
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import build as build_script  # noqa: E402
-import version as version_script  # noqa: E402
 
 UNRELEASED = "## Unreleased\n"
 FIRST = "## 1.0.0 - 2026-01-01\n"
