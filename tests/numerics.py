@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,6 +34,20 @@ def assert_close(named: dict[str, tuple[Tensor, Tensor]], bound: float) -> None:
         errors[name] = relative_error(value, reference)
     bad = {name: error for name, error in errors.items() if not error <= bound}
     assert not bad, f"relative errors over {bound:.1e}: {bad}; all: {errors}"
+
+
+def assert_differentiable_once(name: str, out: Tensor, leaves: Sequence[Tensor]) -> None:
+    """With ``create_graph`` the gradients are the same, and a derivative of any of them, or of ``out``'s, an error."""
+    plain = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    dout = torch.ones_like(out, requires_grad=True)
+    for grad_output in (dout, dout.detach()):
+        grads = torch.autograd.grad(out, leaves, grad_output, create_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
+        for leaf in (*leaves, dout) if grad_output is dout else leaves:
+            with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
+                torch.autograd.grad(grads[0].sum(), leaf, retain_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
+        sum(grad.sum() for grad in grads).backward()
 
 
 def random_routing(T: int, E: int, k: int, generator: torch.Generator, pattern: str) -> Tensor:

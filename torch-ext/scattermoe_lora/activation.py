@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .checks import FLOATS, Arguments, needs_autograd
+from .once import differentiable_once
 from .reference import ACTIVATIONS, clamped_glu_parameters
 
 
@@ -55,7 +55,7 @@ class _Activate(torch.autograd.Function):
         return ops.activate(h, *flags)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, da):
         return ops.activate_backward(da, *ctx.saved_tensors, *ctx.flags), None, None, None
 

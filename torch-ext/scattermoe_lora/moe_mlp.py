@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .activation import activate_rows, fused_names, is_fused
 from .checks import FLOATS, INTEGERS, Arguments, is_traced, needs_autograd, probability
+from .once import differentiable_once
 from .parallel_linear import expert_linear, flatten_sort_count
 from .reference import DROPPED_ACTIVATION, DROPPED_INPUT
 from .types import ExpertLoRA
@@ -181,7 +181,7 @@ class _MoeMlp(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[3:])
         saved = ctx.saved_tensors
@@ -201,7 +201,7 @@ class _Dropout(torch.autograd.Function):
         return ops.dropout(x, seed, p, stream, rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         seed, rows = ctx.saved_tensors
         return ops.dropout(dout, seed, *ctx.options, rows), None, None, None, None

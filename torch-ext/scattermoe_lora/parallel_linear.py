@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .checks import FLOATS, INTEGERS, Arguments, needs_autograd
+from .once import differentiable_once
 from .types import ExpertLoRA
 
 
@@ -146,7 +146,7 @@ class _ExpertLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         needs = list(ctx.needs_input_grad[2:])
         grads = iter(ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
