@@ -36,7 +36,7 @@ def assert_close(named: dict[str, tuple[Tensor, Tensor]], bound: float) -> None:
     assert not bad, f"relative errors over {bound:.1e}: {bad}; all: {errors}"
 
 
-def assert_differentiable_once(name: str, out: Tensor, leaves: Sequence[Tensor]) -> None:
+def assert_differentiable_once(out: Tensor, leaves: Sequence[Tensor]) -> None:
     """With ``create_graph`` the gradients are the same, and a derivative of any of them, or of ``out``'s, an error."""
     plain = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
     dout = torch.ones_like(out, requires_grad=True)
@@ -44,10 +44,10 @@ def assert_differentiable_once(name: str, out: Tensor, leaves: Sequence[Tensor])
         grads = torch.autograd.grad(out, leaves, grad_output, create_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
         for leaf in (*leaves, dout) if grad_output is dout else leaves:
-            with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
+            with pytest.raises(RuntimeError, match="differentiable once"):
                 torch.autograd.grad(grads[0].sum(), leaf, retain_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
-        sum(grad.sum() for grad in grads).backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.stack([grad.sum() for grad in grads]).sum().backward()
 
 
 def random_routing(T: int, E: int, k: int, generator: torch.Generator, pattern: str) -> Tensor:

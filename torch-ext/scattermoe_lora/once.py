@@ -28,8 +28,7 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         made = [result for result in results if result is not None]
         if not sources or not made:
             return results
-        name = type(ctx).__name__.removesuffix("Backward")
-        connected = iter(_Refused.apply(name, made, *sources))
+        connected = iter(_Refused.apply(made, *sources))
         return tuple(None if result is None else next(connected) for result in results)
 
     return wrapper
@@ -39,10 +38,9 @@ class _Refused(torch.autograd.Function):
     """Hands on what was made of the sources; its own derivative is the error."""
 
     @staticmethod
-    def forward(ctx, name, made, *sources):
-        ctx.name = name
+    def forward(ctx, made, *sources):
         return tuple(made)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(f"scattermoe-lora: {ctx.name} is differentiable once; the gradient of its gradient is not")
+        raise RuntimeError("scattermoe-lora: experts are differentiable once; a gradient of their gradient is refused")
