@@ -265,6 +265,10 @@ WRONG = [
     ("moe_mlp", "activation", lambda _: ["silu"], ValueError, "silu"),
     ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, 7.0)", ValueError, "clamped_glu(alpha, limit, shift)"),
     ("moe_mlp", "activation", lambda _: "clamped_glu(a, b, c)", ValueError, "clamped_glu(alpha, limit, shift)"),
+    ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, 7.0, 0.0", ValueError, "clamped_glu(alpha, limit, shift)"),
+    ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, -1.0, 0.0)", ValueError, "-1.0"),
+    ("moe_mlp", "activation", lambda _: "clamped_glu(1.0, 7.0, nan)", ValueError, "nan"),
+    ("moe_mlp", "top_k_index", lambda x: torch.nn.Parameter(x + 1, requires_grad=False), ValueError, "[0, E = 5)"),
     # activate
     ("activate", "h", lambda x: x[:, 1:], ValueError, "even", str((S, 2 * I - 1))),
     ("activate", "activation", lambda _: "swish", ValueError, "silu", "'swish'"),
@@ -315,6 +319,8 @@ WRONG = [
     ("ExpertLoRA", "scaling", lambda _: True, TypeError, "float", "True"),
     ("ExpertLoRA", "scaling", lambda _: torch.tensor(1.0), TypeError, "float", "tensor"),
     ("ExpertLoRA", "scaling", lambda _: float("nan"), ValueError, "finite", "nan"),
+    ("ExpertLoRA", "scaling", lambda _: 1e39, ValueError, "float32", "1e+39"),
+    ("ExpertLoRA", "scaling", lambda _: 10**400, ValueError, "finite", "1000"),
     *(
         row
         for call in ("from_peft", "from_expert_major")
@@ -343,6 +349,7 @@ WRONG = [
     ("scatter2scatter", "sorted_scattered_idxs", lambda x: x[1:], ValueError, "[S]", "S = 12", "(11,)"),
     ("scatter2scatter", "sorted_scattered_idxs", lambda x: x + 1, ValueError, "[0, S = 12)", "to 12"),
     ("scatter2scatter", "sorted_expert_idxs", lambda x: x.flip(0), ValueError, "sorted", "from row"),
+    ("scatter2scatter", "sorted_expert_idxs", lambda x: x - E, ValueError, "at least 0", "-"),
     ("scatter2scatter_lora_dX", "sorted_expert_idxs", lambda x: x.flip(0), ValueError, "sorted", "from row"),
     ("scatter2scatter", "k", lambda _: 0, ValueError, "0"),
     ("scatter2scatter", "k", lambda _: 2.0, TypeError, "int", "float"),

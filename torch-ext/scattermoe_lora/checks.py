@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
@@ -46,7 +46,7 @@ def needs_autograd(tensors: Iterable[Tensor | None]) -> bool:
 
 def _values_are_at_hand(tensor: Tensor) -> bool:
     """Whether a look at a tensor's values costs no device sync and no graph break."""
-    return tensor.is_cpu and not is_traced(tensor)
+    return tensor.is_cpu and not is_traced(tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
 
 
 class Arguments:
@@ -182,6 +182,8 @@ class Arguments:
         if slots and not 0 <= int(scattered_idxs.min()) <= int(scattered_idxs.max()) < slots:
             got = f"from {int(scattered_idxs.min())} to {int(scattered_idxs.max())}"
             raise self.fail("sorted_scattered_idxs", f"in [0, S = {slots})", got)
+        if expert_idxs is not None and slots and int(expert_idxs[0]) < 0:
+            raise self.fail("sorted_expert_idxs", "of at least 0", f"{int(expert_idxs[0])} in row 0")
         if expert_idxs is not None and (falls := (expert_idxs.diff() < 0).nonzero().flatten().tolist()):
             got = f"{expert_idxs[falls[0] : falls[0] + 2].tolist()} from row {falls[0]} on"
             raise self.fail("sorted_expert_idxs", "sorted", got)

@@ -29,7 +29,7 @@ def scatter2scatter(
 
     Args:
         X: ``[S / k, K]``, or ``[S, K]`` in grouped order if ``x_grouped``. W: ``[E, K, N]``, X's dtype. b: ``[E, N]``.
-        out: ``[S, N]`` contiguous, of X's dtype, to write; a new tensor if None.
+        out: ``[S, N]`` contiguous, of X's dtype, to write, beside all that is read; a new tensor if None.
 
     Returns:
         ``[S, N]``, in grouped order if ``y_grouped``. Rows of no expert are zeros.

@@ -91,7 +91,8 @@ def moe_mlp(
     args.tensor("top_k_index", top_k_index, ("T", "k"), INTEGERS)
     args.tensor("top_k_weights", top_k_weights, ("T", "k"), FLOATS)
     if args.size("k") == 0 or args.size("E") == 0:
-        raise args.fail("top_k_index and gate_up_proj", "of at least one choice and one expert", f"{args.sizes}")
+        got = f"k = {args.size('k')} and E = {args.size('E')}"
+        raise args.fail("top_k_index and gate_up_proj", "of at least one choice and one expert", got)
     if gate_up_proj_bias is not None:
         args.tensor("gate_up_proj_bias", gate_up_proj_bias, ("E", "2I" if has_gate else "I"), FLOATS)
     if down_proj_bias is not None:
@@ -256,5 +257,5 @@ def _composed(
         if no_expert is not None:  # ones for zeros, which a norm may divide by
             out = out.masked_fill(no_expert.reshape(-1, 1), 1.0)
         y = args.tensor("expert_norm(y)", expert_norm(out), ("S", "H"), FLOATS)
-        out = (y.view(-1, k, y.shape[1]) * top_k_weights[:, :, None]).sum(1)
+        out = (y.view(*top_k_index.shape, y.shape[1]) * top_k_weights[:, :, None]).sum(1)
     return out.to(hidden_states.dtype)

@@ -162,17 +162,24 @@ PASSES_AT_LIMIT = torch.__version__ < "2.14"
 def clamped_glu(alpha: float, limit: float, shift: float) -> str:
     """The activation ``g sigmoid(alpha g) (u + shift)`` of ``g = min(gate, limit)``, ``u = clamp(up, -limit, limit)``.
 
-    gpt-oss's is ``clamped_glu(1.702, 7.0, 1.0)``; that of a clamped SwiGLU has alpha 1 and shift 0.
+    gpt-oss's is ``clamped_glu(1.702, 7.0, 1.0)``; that of a clamped SwiGLU has alpha 1 and shift 0. The limit is not
+    negative.
     """
     return f"clamped_glu({float(alpha)!r}, {float(limit)!r}, {float(shift)!r})"
 
 
 def clamped_glu_parameters(activation: str) -> tuple[float, float, float] | None:
-    """``(alpha, limit, shift)`` of what `clamped_glu` returned, None of any other activation."""
+    """``(alpha, limit, shift)`` of what `clamped_glu` returned, None of any other activation.
+
+    Raises:
+        ValueError: the numbers are none, or none that it takes.
+    """
     if not activation.startswith("clamped_glu("):
         return None
-    alpha, limit, shift = activation.removeprefix("clamped_glu(").removesuffix(")").split(",")
-    return float(alpha), float(limit), float(shift)
+    alpha, limit, shift = map(float, activation.removeprefix("clamped_glu(").removesuffix(")").split(","))
+    if not (activation.endswith(")") and limit >= 0 and math.isfinite(alpha) and math.isfinite(shift)):
+        raise ValueError(f"clamped_glu must have finite numbers and a limit of at least 0, got {activation}")
+    return alpha, limit, shift
 
 
 def _gate(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:

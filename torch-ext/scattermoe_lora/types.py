@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,16 @@ class ExpertLoRA:
 
         `moe_mlp` takes the matrices until then, which saves a layer six views and their autograd nodes.
         """
-        if name not in ("A", "B") or "_peft" not in self.__dict__:
+        peft = self.__dict__.get("_peft")
+        if name not in ("A", "B") or peft is None:
+            if name in self.__dict__:  # another thread was faster
+                return self.__dict__[name]
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        lora_A, lora_B, num_experts = self.__dict__["_peft"]
+        lora_A, lora_B, num_experts = peft
         with torch.enable_grad():  # they are kept, and may be differentiated later
             factors = {"A": A_by_expert(lora_A, num_experts), "B": peft_B_by_expert(lora_B, num_experts)}
-        if not torch.is_inference_mode_enabled():
+        # Dynamo can't trace the second.
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
             self.__dict__.update(factors)
             self.__dict__.pop("_peft", None)
         return factors[name]
@@ -167,8 +172,8 @@ def check_scaling(function: str, scaling: object) -> None:
     """Raises if it is not a finite number."""
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{function}: scaling must be a float, got {scaling!r}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"{function}: scaling must be finite, got {scaling!r}")
+    if not abs(scaling) <= FLOAT32_MAX:  # a NaN is not; an int may be larger than any float
+        raise ValueError(f"{function}: scaling must be finite in float32, got {scaling!r}")
 
 
 def _check_factors(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> None:
