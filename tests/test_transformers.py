@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import kernels
 import peft.tuners.lora.layer as peft_layer
 import pytest
 import torch
+from conftest import inner
 from kernels import LocalLayerRepository, Mode, replace_kernel_forward_from_hub, use_kernel_mapping
 from numerics import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import BLOCK, BOUND, FAMILIES, check_same, loss_and_grads, targets, tiny_model, tokens, wrap
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -147,6 +150,18 @@ def test_a_model_without_experts_is_an_error(kernel):
     config.num_attention_heads = config.num_key_value_heads = 2
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts module"):
         kernel.kernelize(AutoModelForCausalLM.from_config(config))
+
+
+def test_weights_of_other_tensors_inside_are_left(kernel):
+    """As torchao's quantised ones, whose dtype is that of what they stand for."""
+    model = tiny_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    weight = experts.down_proj.detach()
+    experts.down_proj = torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+    report = kernel.kernelize(model)
+    assert [entry.name for entry in report.switched] == ["model.layers.1.mlp.experts"]
+    ((name, reason),) = report.left
+    assert name == "model.layers.0.mlp.experts" and "its down_proj is a TwoTensor" in reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
@@ -372,16 +387,146 @@ def test_hooks_with_another_experts_implementation(kernel, ran):
 
 
 def test_lora_handed_over_in_vain(kernel):
-    """A hooked module with another forward, put there since: no output without the adapter, and nothing is left."""
-    model = wrap(tiny_model("mixtral"), "mixtral")
-    kernel.kernelize(model)
-    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
-    experts.register_forward_pre_hook(lambda *_: None)
-    experts.forward = lambda hidden_states, *_: hidden_states
+    """What does not come to use it gives an error, no output without the adapter, and nothing is left."""
+    experts = tiny_model("mixtral").model.layers[0].mlp.experts
+    experts.forward = lambda hidden_states: hidden_states
     before = set(vars(experts))
     with pytest.raises(RuntimeError, match="forward of MixtralExperts did not come to use its LoRA"):
-        model(input_ids=tokens())
+        inner(kernel, "integrations.experts").call_with_loras(experts, {}, torch.ones(3, 32))
     assert set(vars(experts)) == before
+
+
+def test_a_hook_that_calls_the_experts(kernel, ran):
+    """As one that measures them: what it calls has the LoRA, and so has the call that it is a hook of."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+
+    def measured(model):
+        norms = []
+        for layer in model.base_model.model.model.layers:
+            experts = layer.mlp.experts.get_base_layer()
+            experts.register_forward_pre_hook(lambda module, args: norms.append(module.forward(*args).norm().view(1)))
+        return loss_and_grads(model, ids), norms
+
+    want, want_norms = measured(copy.deepcopy(model))
+    kernel.kernelize(model)
+    got, norms = measured(model)
+    check_same(got, want)
+    assert_close({"norms": (torch.cat(norms), torch.cat(want_norms))}, BOUND)
+
+
+@pytest.mark.parametrize("where", ["experts", "their class", "wrapper within", "eager"])
+def test_another_forward_since(kernel, ran, where, monkeypatch):
+    """What was put there or chosen after `kernelize` runs, with the adapter, and not what it replaced."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+
+    def change(model, patch):
+        for layer in model.base_model.model.model.layers:
+            module = layer.mlp.experts.base_layer
+            if where == "eager":
+                model.base_model.model.set_experts_implementation("eager")
+            elif where == "their class":
+                forward = type(module.base_layer).forward
+                patch.setattr(type(module.base_layer), "forward", lambda *args, f=forward: f(*args) * 0.5)
+            else:
+                module = module.base_layer if where == "experts" else module
+                module.forward = lambda *args, forward=module.forward: forward(*args) * 0.5
+
+    untouched = loss_and_grads(model, ids)
+    changed = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        change(changed, patch)
+        want = loss_and_grads(changed, ids)
+    assert torch.allclose(untouched[0], want[0]) == (where == "eager")
+    kernel.kernelize(model)
+    change(model, monkeypatch)
+    with ran:
+        check_same(loss_and_grads(model, ids), want)
+    assert bool(ran.ops) == (where != "eager")
+
+
+GATES = {"act_fn's forward": "mixtral", "act_fn's hook": "mixtral", "act_fn's backward hook": "mixtral"}
+GATES |= {"the module's": "mixtral", "a class's below": "gpt_oss", "its class's": "gpt_oss"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("what", "family"), GATES.items(), ids=GATES)
+def test_another_gate(kernel, what, family, when, monkeypatch):
+    """An activation with hooks or another forward, and a gate that is not its class's, are no fused ones."""
+    ids = tokens()
+
+    def gate(self, gate_up):
+        return torch.tanh(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+    def change(model, patch):
+        for layer in model.base_model.model.model.layers:
+            experts = layer.mlp.experts.get_base_layer()
+            if what == "act_fn's forward":
+                experts.act_fn.forward = torch.tanh
+            elif what == "act_fn's hook":
+                experts.act_fn.register_forward_hook(lambda module, args, out: out * 0.5)
+            elif what == "act_fn's backward hook":
+                experts.act_fn.register_full_backward_hook(lambda module, grads, _: (grads[0] * 0.5,))
+            elif what == "the module's":
+                experts._apply_gate = lambda gate_up: gate(None, gate_up)
+            elif what == "its class's":
+                patch.setattr(type(experts), "_apply_gate", gate)
+            else:
+                experts.__class__ = type("Below", (type(experts),), {"_apply_gate": gate})
+
+    with monkeypatch.context() as patch:
+        model = wrap(tiny_model(family), family)
+        change(model, patch)
+        want = loss_and_grads(model, ids)
+    model = wrap(tiny_model(family), family)
+    if when == "before":
+        change(model, monkeypatch)
+    report = kernel.kernelize(model)
+    if when == "before":
+        assert {entry.activation for entry in report.switched} == {"own"}
+    else:
+        change(model, monkeypatch)
+    check_same(loss_and_grads(model, ids), want)
+
+
+@pytest.mark.parametrize("case", ["before PEFT", "two adapters", "own activation"])
+def test_compiles_whole(kernel, case):
+    """Without a graph break, whatever the order, and where the factors are viewed by expert."""
+    ids = tokens()
+    model = tiny_model("mixtral")
+    if case == "own activation":
+        for layer in model.model.layers:
+            layer.mlp.experts.act_fn = torch.nn.Mish()
+    if case == "before PEFT":
+        kernel.kernelize(model)
+    model = wrap(model, "mixtral")
+    if case == "two adapters":
+        model.add_adapter("other", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "other"])
+    kernel.kernelize(model)
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    if case == "before PEFT":  # as it is before its first call
+        model = tiny_model("mixtral")
+        kernel.kernelize(model)
+        model = wrap(model, "mixtral")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(input_ids=ids, labels=ids)
+    out.loss.backward()
+    check_same((out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), want)
+
+
+def test_a_kernelized_model_is_not_pickled(kernel, tmp_path):
+    """What would be written, no process could read; after `unkernelize` it is PEFT's own again, to be copied too."""
+    model = wrap(tiny_model("glm4_moe"), "glm4_moe")
+    want = loss_and_grads(model, tokens())
+    kernel.kernelize(model)
+    with pytest.raises(pickle.PicklingError, match="unkernelize"):
+        torch.save(model, tmp_path / "model.pt")
+    kernel.unkernelize(model)
+    torch.save(model, tmp_path / "model.pt")
+    check_same(loss_and_grads(torch.load(tmp_path / "model.pt", weights_only=False), tokens()), want)
 
 
 @pytest.mark.parametrize("with_peft", [False, True])

@@ -435,6 +435,25 @@ def test_another_block_stays(kernel, ran):
     assert model.config._experts_implementation == "grouped_mm", "nothing is half-changed"
 
 
+def test_a_forward_of_a_class_stays(kernel, monkeypatch):
+    """Of a class below transformers' own, or put on that: what it would do beside calling ours is not known."""
+
+    class Louder(modeling_mixtral.MixtralExperts):
+        def forward(self, *args):
+            return super().forward(*args) * 1.5
+
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    model.base_model.model.model.layers[0].mlp.experts.get_base_layer().__class__ = Louder
+    want = loss_and_grads(copy.deepcopy(model), tokens())
+    report = kernel.kernelize(model)
+    assert len(report.switched) == 1 and "layers.0" in report.left[0][0]
+    assert report.left[0][1].endswith("Louder.forward, its class's own, which stays")
+    check_same(loss_and_grads(model, tokens()), want)
+    monkeypatch.setattr(modeling_mixtral.MixtralExperts, "forward", lambda self, x, *_: x)
+    with pytest.raises(ValueError, match="lambda>, its class's own, which stays"):
+        kernel.kernelize(tiny_model("mixtral"))
+
+
 @pytest.mark.parametrize("where", ["experts", "wrapper"])
 def test_another_forward_of_experts_stays(kernel, where):
     """Such as Liger's, put on an instance."""

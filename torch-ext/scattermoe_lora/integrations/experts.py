@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,9 +72,47 @@ def unsupported(experts: Any) -> str | None:
         weight = _stored(experts, name)
         if isinstance(weight, Tensor) and (not weight.is_floating_point() or weight.dtype.itemsize < 2):
             return f"its {name} is quantised ({weight.dtype})"
+        # As torchao's: other tensors inside, under the dtype that they stand for.
+        if hasattr(weight, "__tensor_flatten__") and type(weight).__name__ != "DTensor":
+            return f"its {name} is a {type(weight).__name__}, not a plain tensor"
         if not isinstance(weight, Tensor) or weight.dim() != 3:
             return f"its {name} is not a [E, out, in] tensor"
     return None
+
+
+def dispatches(experts: Any) -> bool:
+    """Whether an experts class has the forward of @use_experts_implementation, which asks the config what runs."""
+    return type(experts).forward.__globals__["__name__"] == "transformers.integrations.moe"
+
+
+def put_forward(module: nn.Module) -> Any:
+    """The function that was put on a module as its ``forward``, in place of its class's; None if there is none.
+
+    That is under what bound, compiled and decorated it, accelerate's hooks among that. A module that torch compiled
+    calls the one inside.
+    """
+    if "forward" not in vars(module):
+        return None
+    function = _function(vars(module)["forward"])
+    return None if function in (nn.Module.__call__, _function(type(module).forward)) else function
+
+
+def calls_what_was_there(function: Any) -> bool:
+    """Whether a `put_forward` is ours, or one of transformers' tensor and expert parallelism around another."""
+    source = getattr(function, "__module__", "")
+    return source.partition(".")[0] == __name__.partition(".")[0] or source.startswith("transformers.distributed.")
+
+
+def _function(forward: Any) -> Any:
+    forward = inspect.unwrap(getattr(forward, "__func__", forward))
+    forward = getattr(forward, "func", forward)  # of a partial, as ours
+    return inspect.unwrap(getattr(forward, "__func__", forward))
+
+
+def has_hooks(modules: list[nn.Module]) -> bool:
+    """Hooks (FSDP's unsharding, accelerate's offloading, a user's) run only if the module itself is called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(any(getattr(m, name) for name in hooks) or hasattr(m, "_hf_hook") for m in modules)
 
 
 def up_name(experts: Any) -> str:
@@ -86,14 +126,22 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     name = ACTIVATIONS.get(getattr(act_fn, "__name__", type(act_fn).__name__))
     if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
         name = "gelu_tanh"
+    if isinstance(act_fn, nn.Module):
+        forward = vars(act_fn).get("forward")  # or its class's own, put there by `kernels` where it has nothing better
+        if has_hooks([act_fn]) or getattr(forward, "__func__", forward) not in (None, type(act_fn).forward):
+            name = None
     if not experts.has_gate:
         return name or experts.act_fn
+    gate = type(experts)._apply_gate
+    if "_apply_gate" in vars(experts):
+        return experts._apply_gate
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
-    if name and experts.is_concatenated and type(experts)._apply_gate.__name__ == "_default_apply_gate":
+    if name and experts.is_concatenated and gate.__name__ == "_default_apply_gate":
         return name
-    # Its class or one below: a parametrization, as in PEFT's forward, and FSDP2 each make a class from it.
-    clamped = next((CLAMPED_GATES[c.__name__] for c in type(experts).__mro__ if c.__name__ in CLAMPED_GATES), None)
-    if clamped is not None and name in (None, "silu"):
+    # The class that the gate is of: a parametrization, as in PEFT's forward, and FSDP2 each make a class from it.
+    owner = next(c for c in type(experts).__mro__ if "_apply_gate" in vars(c))
+    clamped = CLAMPED_GATES.get(owner.__name__) if gate.__module__ == owner.__module__ else None
+    if clamped is not None and (name == "silu" or act_fn is None):
         alpha, limit, shift = clamped
         numbers = 1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit)
         if all(isinstance(number, (int, float)) for number in numbers):
@@ -101,17 +149,29 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     return experts._apply_gate
 
 
+@dataclass
+class _HandedOver:
+    """The LoRA of a call of an experts module, and whether that came to use it."""
+
+    loras: Mapping[str, ExpertLoRA]
+    is_used: bool = False
+
+
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts implementation in transformers' sense: ``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``.
 
-    LoRA is what `call_with_loras` handed over, once, or none. Under PEFT's own forward, which merges LoRA into the
+    LoRA is what `call_with_loras` handed over, or none. Under PEFT's own forward, which merges LoRA into the
     weights by a parametrization, the factors are taken from the parametrization: no merged weight is used (torch makes
     each once, when PEFT registers it; `kernelize` avoids that). Experts that can't be fused (`unsupported`) run their
     own forward: an experts implementation is chosen for a whole config, which they may share with others that can.
     """
     if unsupported(self):
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
-    return fused_experts(self, hidden_states, top_k_index, top_k_weights, self.__dict__.pop(HANDED_OVER, {}))
+    handed_over = self.__dict__.get(HANDED_OVER)
+    if handed_over is None:
+        return fused_experts(self, hidden_states, top_k_index, top_k_weights, {})
+    handed_over.is_used = True
+    return fused_experts(self, hidden_states, top_k_index, top_k_weights, handed_over.loras)
 
 
 def call_with_loras(experts: Any, loras: Mapping[str, ExpertLoRA], *args: Tensor) -> Tensor:
@@ -123,12 +183,13 @@ def call_with_loras(experts: Any, loras: Mapping[str, ExpertLoRA], *args: Tensor
     Raises:
         RuntimeError: it did not end there, so that its output is without LoRA.
     """
-    setattr(experts, HANDED_OVER, loras)
+    handed_over = _HandedOver(loras)
+    setattr(experts, HANDED_OVER, handed_over)
     try:
         out = experts(*args)
     finally:
-        left = experts.__dict__.pop(HANDED_OVER, None)
-    if left is not None:
+        delattr(experts, HANDED_OVER)
+    if not handed_over.is_used:
         raise RuntimeError(f"scattermoe-lora: the forward of {type(experts).__name__} did not come to use its LoRA")
     return out
 

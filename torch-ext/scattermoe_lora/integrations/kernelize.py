@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from pickle import PicklingError
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from ..checks import probability
-from .experts import experts_forward, fused_activation, is_experts, unsupported
+from .experts import (
+    calls_what_was_there,
+    dispatches,
+    experts_forward,
+    fused_activation,
+    is_experts,
+    put_forward,
+    unsupported,
+)
 from .peft import is_param_wrapper, param_wrapper_forward, unwrap
 from .versions import warn_of_untested
 
@@ -185,7 +194,7 @@ def unkernelize(model: nn.Module) -> tuple[str, ...]:
                 module.config._experts_implementation = {"": module._scattermoe_lora_replaced}
             del module._scattermoe_lora_replaced, module._scattermoe_lora_dropout
             restored.append(name)
-        if is_param_wrapper(module) and _function(module.__dict__.get("forward")) is param_wrapper_forward:
+        if is_param_wrapper(module) and put_forward(module) is param_wrapper_forward:
             del module.forward
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _FuseLater):
@@ -209,12 +218,6 @@ def _looks_like_experts(module: nn.Module) -> bool:
     return stacked and len(inspect.signature(type(module).forward).parameters) == 4
 
 
-def _function(forward: Any) -> Any:
-    """The function under a forward: bound to a module, compiled, decorated, with accelerate's hooks around it."""
-    forward = inspect.unwrap(getattr(forward, "__func__", forward))
-    return inspect.unwrap(getattr(forward, "__func__", forward))
-
-
 def _held(modules: dict[str, Any], outer_name: str, uses_kernels: bool) -> str | None:
     """What holds an experts module, so that a switch would not be what runs; None if nothing does.
 
@@ -224,17 +227,17 @@ def _held(modules: dict[str, Any], outer_name: str, uses_kernels: bool) -> str |
     block = [modules[_parent(outer_name)]] if outer_name else []
     for module in (*wrappers, experts, *block):
         what = "it" if module is experts else type(module).__name__
-        function = _function(module.__dict__.get("forward"))
-        source = getattr(function, "__module__", "")
-        # What transformers' tensor and expert parallelism puts there calls the forward that was there.
-        if source.partition(".")[0] == __name__.partition(".")[0] or source.startswith("transformers.distributed."):
-            continue
-        # A module that torch compiled calls the one inside.
-        if function not in (None, nn.Module.__call__, _function(type(module).forward)):
+        function = put_forward(module)
+        if function is not None:
+            if calls_what_was_there(function):
+                continue
             return f"{what} runs {function.__module__}.{function.__qualname__}, which stays; take it off first"
         layer = getattr(type(module), "kernel_layer_name", None)
         if uses_kernels and layer not in (None, EXPERTS_NAME, WRAPPER_NAME):
             return f"{what} runs what use_kernels maps {layer} to, which stays; use_kernels=False, or map it to ours"
+    if not dispatches(experts):
+        function = type(experts).forward
+        return f"it runs {function.__module__}.{function.__qualname__}, its class's own, which stays"
     return None
 
 
@@ -262,14 +265,26 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str, activation: obj
 def fuse_wrapper(module: Any) -> None:
     """Gives the outermost `ParamWrapper` around experts the forward that merges nothing; other modules are left."""
     if is_param_wrapper(module) and "forward" not in module.__dict__:
-        module.forward = MethodType(param_wrapper_forward, module)
+        module.forward = functools.partial(param_wrapper_forward, module)  # a method is nothing that Dynamo can make
 
 
 @dataclass(frozen=True)
 class _FuseLater:
-    """A forward pre-hook of the block that holds experts as ``attribute``: PEFT may wrap them after `kernelize`."""
+    """A forward pre-hook of the block that holds experts as ``attribute``: PEFT may wrap them after `kernelize`.
+
+    It can be copied but not pickled: what `torch.save` of a kernelized model wrote, no process could read again.
+    """
 
     attribute: str
 
     def __call__(self, parent: nn.Module, args: object) -> None:
         fuse_wrapper(getattr(parent, self.attribute))
+
+    def __deepcopy__(self, memo: object) -> _FuseLater:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise PicklingError(
+            "scattermoe-lora: a kernelized model can't be pickled: it holds functions of a kernel, which each process "
+            "loads under a name of its own. Save adapters or weights by save_pretrained, or unkernelize(model) first"
+        )

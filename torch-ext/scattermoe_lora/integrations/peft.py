@@ -6,10 +6,21 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..types import ExpertLoRA
-from .experts import call_with_loras, fused_experts, is_experts, runs_experts_forward, unsupported, up_name
+from .experts import (
+    call_with_loras,
+    calls_what_was_there,
+    dispatches,
+    fused_experts,
+    has_hooks,
+    is_experts,
+    put_forward,
+    runs_experts_forward,
+    unsupported,
+    up_name,
+)
 
 
 def is_param_wrapper(module: object) -> bool:
@@ -31,7 +42,7 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     """`ParamWrapper.forward` with the same result. Where it can't be fused, it is PEFT's own forward that runs."""
     wrappers, experts = unwrap(self)
     loras = None
-    if len(args) == 2 and not kwargs and not has_hooks(wrappers[1:]):
+    if len(args) == 2 and not kwargs and not _runs_another(wrappers, experts):
         loras = _loras(wrappers, experts)
     if loras is not None and (has_hooks([experts]) or experts._is_expert_parallel):
         if runs_experts_forward(experts):
@@ -44,10 +55,15 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     return fused_experts(experts, x, top_k_index, top_k_weights, loras)
 
 
-def has_hooks(modules: list[nn.Module]) -> bool:
-    """Hooks (FSDP's unsharding, accelerate's offloading, a user's) run only if the module itself is called."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(any(getattr(m, name) for name in hooks) or hasattr(m, "_hf_hook") for m in modules)
+def _runs_another(wrappers: list[Any], experts: Any) -> bool:
+    """Whether something inside would be passed over: hooks, a forward that was put there, or the user's choice."""
+    if has_hooks(wrappers[1:]):
+        return True
+    forwards = [put_forward(module) for module in (*wrappers[1:], experts)]
+    if not all(function is None or calls_what_was_there(function) for function in forwards):
+        return True
+    # Chosen since `kernelize`. Switched on otherwise, it is not by the config's choice.
+    return "_scattermoe_lora_replaced" in vars(experts) and not (dispatches(experts) and runs_experts_forward(experts))
 
 
 def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.experts import experts_forward, is_experts
-from ..integrations.peft import active_lora, has_hooks, is_param_wrapper, param_wrapper_forward, unwrap
+from ..integrations.experts import experts_forward, has_hooks, is_experts
+from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_forward, unwrap
 from ..moe_mlp import moe_mlp
 from ..types import ExpertLoRA
 
