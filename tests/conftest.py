@@ -55,7 +55,7 @@ def quicken_the_interpreter() -> None:
       here.
     - It computes every sum and product of int32 in int64 too, and compares: sizes at which these overflow would take
       it days.
-    - It makes the table of numpy's dtypes anew for every array.
+    - It makes the table of numpy's dtypes for every array, and works out the shape of every block and tensor, anew.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -71,6 +71,23 @@ def quicken_the_interpreter() -> None:
         return np.dtype(np.uint64) if scalar.is_ptr() else of_scalar(scalar)
 
     interpreter._get_np_dtype = np_dtype
+
+    make_block, make_tensor, known = tl.block_type.__init__, tl.tensor.__init__, {}
+
+    def block_init(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = (element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape))
+        if key not in known:
+            make_block(self, element_ty, shape)
+            known[key] = vars(self)
+        self.__dict__ = known[key]
+
+    def tensor_init(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if not hasattr(type, "of_tensors"):
+            make_tensor(self, handle, type)
+            type.of_tensors = {name: getattr(self, name) for name in ("shape", "numel", "type", "dtype")}
+        self.__dict__.update(type.of_tensors, handle=handle)
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_init, tensor_init
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,13 +43,18 @@ def run(kernel, case: Case, device: torch.device) -> dict[str, Tensor]:
     return case.run(kernel, kernel.moe_mlp, device, reference=False)
 
 
+@functools.cache
+def clean_run(kernel, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return run(kernel, experts_case(dtype), device)
+
+
 @every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", EXPERTS_OWN)
 def test_one_experts_weights(kernel, device, name, dtype):
     """A weight, bias or factor of one expert: its tokens, and its own gradients. Nothing of any other expert."""
     case = experts_case(dtype)
-    clean = run(kernel, case, device)
+    clean = clean_run(kernel, dtype, device)
     case.tensors[name][EXPERT] = float("nan" if "down" in name else "inf")
     got = run(kernel, case, device)
     tokens = set(torch.nonzero((case.top_k_index == EXPERT).any(1))[:, 0].tolist())
@@ -71,7 +77,7 @@ def test_one_tokens_values(kernel, device, name, dtype):
     A routing weight's gradient is no function of the weight, nor a down bias's of the activations.
     """
     case = experts_case(dtype)
-    clean = run(kernel, case, device)
+    clean = clean_run(kernel, dtype, device)
     experts = set(case.top_k_index[TOKEN].tolist())
     if name == "grad":
         case.grad[TOKEN] = float("nan")
