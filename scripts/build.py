@@ -443,7 +443,7 @@ def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 def _registration_problems(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Op registrations whose name is not the build's own namespace: two versions of a kernel would collide.
 
-    They are found as `torch.library.f(...)`, so its functions have no other name; `infer_schema` alone names no op.
+    They are found as `torch.library.f(...)`, so its functions have no other name, and only `infer_schema` names no op.
     """
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

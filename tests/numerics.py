@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # The issue's bounds. What the best other systems reach in bfloat16 is 5.5e-3 at real sizes.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -48,6 +49,14 @@ def assert_differentiable_once(out: Tensor, leaves: Sequence[Tensor]) -> None:
                 torch.autograd.grad(grads[0].sum(), leaf, retain_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.stack([grad.sum() for grad in grads]).sum().backward()
+
+
+def assert_differentiable(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
+    """The same gradients with ``create_graph``, also where the graph is not kept, and in a checkpoint."""
+    want = torch.autograd.grad(call().sum(), leaves)
+    for out in (call(), checkpoint(call, use_reentrant=False)):
+        got = torch.autograd.grad(out.sum(), leaves, create_graph=True, retain_graph=False)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def random_routing(T: int, E: int, k: int, generator: torch.Generator, pattern: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import inner
-from numerics import BOUNDS, assert_close, assert_differentiable_once
+from numerics import BOUNDS, assert_close, assert_differentiable, assert_differentiable_once
 
 every_device = pytest.mark.every_device
 NAMES = ["identity", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_glu"]
@@ -137,3 +137,4 @@ def test_compiles_without_a_graph_break(kernel):
 def test_double_backward_is_refused(kernel):
     h = torch.randn(5, 12, requires_grad=True)
     assert_differentiable_once(kernel.activate(h), [h])
+    assert_differentiable(lambda: kernel.activate(h), [h])

@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import inner
 from functorch.compile import aot_function, nop
-from numerics import BASE, BOUNDS, Case, assert_close, assert_differentiable_once, relative_error
+from numerics import (
+    BASE,
+    BOUNDS,
+    Case,
+    assert_close,
+    assert_differentiable,
+    assert_differentiable_once,
+    relative_error,
+)
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -496,7 +504,9 @@ def test_cpu_autocast_of_a_float32_model(kernel):
 def test_double_backward_is_refused(kernel, device):
     case = Case(5, 40, 24, 5, 2, 4, dtype=torch.float32)
     x = {name: tensor.float().to(device).requires_grad_() for name, tensor in case.tensors.items()}
-    assert_differentiable_once(_call(kernel, x, case.top_k_index.to(device)), list(x.values()))
+    index = case.top_k_index.to(device)
+    assert_differentiable_once(_call(kernel, x, index), list(x.values()))
+    assert_differentiable(lambda: _call(kernel, x, index), list(x.values()))
 
 
 def test_forward_mode_is_refused(kernel, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import inner
-from numerics import Case, Linear, assert_close, assert_differentiable_once
+from numerics import Case, Linear, assert_close, assert_differentiable, assert_differentiable_once
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -142,6 +143,8 @@ def test_second_backward_and_none_of_the_second_order(kernel, device):
     second = torch.autograd.grad(out.sum(), list(x.values()), retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert_differentiable_once(out, list(x.values()))
+    call = functools.partial(kernel.parallel_linear_lora, **x, **case.routing(kernel, device), k=2)
+    assert_differentiable(call, list(x.values()))
 
 
 @every_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 
@@ -406,6 +407,14 @@ def test_a_hook_that_calls_the_experts(kernel, ran):
         for layer in model.base_model.model.model.layers:
             experts = layer.mlp.experts.get_base_layer()
             experts.register_forward_pre_hook(lambda module, args: norms.append(module.forward(*args).norm().view(1)))
+            wrapper, calls = layer.mlp.experts, []
+
+            def compare(module, args, out, wrapper=wrapper, calls=calls):
+                calls.append(out)
+                if len(calls) == 1:  # not in the call that it makes
+                    norms.append(wrapper(*args).norm().view(1))
+
+            experts.register_forward_hook(compare)
         return loss_and_grads(model, ids), norms
 
     want, want_norms = measured(copy.deepcopy(model))
@@ -415,7 +424,16 @@ def test_a_hook_that_calls_the_experts(kernel, ran):
     assert_close({"norms": (torch.cat(norms), torch.cat(want_norms))}, BOUND)
 
 
-@pytest.mark.parametrize("where", ["experts", "their class", "wrapper within", "eager"])
+def halved(function, is_decorated=True):
+    def half(*args):
+        return function(*args) * 0.5
+
+    return functools.wraps(function)(half) if is_decorated else half
+
+
+@pytest.mark.parametrize(
+    "where", ["experts", "experts, decorated", "their class", "wrapper within", "wrapper within, decorated", "eager"]
+)
 def test_another_forward_since(kernel, ran, where, monkeypatch):
     """What was put there or chosen after `kernelize` runs, with the adapter, and not what it replaced."""
     ids = tokens()
@@ -427,11 +445,10 @@ def test_another_forward_since(kernel, ran, where, monkeypatch):
             if where == "eager":
                 model.base_model.model.set_experts_implementation("eager")
             elif where == "their class":
-                forward = type(module.base_layer).forward
-                patch.setattr(type(module.base_layer), "forward", lambda *args, f=forward: f(*args) * 0.5)
+                patch.setattr(type(module.base_layer), "forward", halved(type(module.base_layer).forward, False))
             else:
-                module = module.base_layer if where == "experts" else module
-                module.forward = lambda *args, forward=module.forward: forward(*args) * 0.5
+                module = module.base_layer if where.startswith("experts") else module
+                module.forward = halved(module.forward, where.endswith("decorated"))
 
     untouched = loss_and_grads(model, ids)
     changed = copy.deepcopy(model)
@@ -447,6 +464,7 @@ def test_another_forward_since(kernel, ran, where, monkeypatch):
 
 
 GATES = {"act_fn's forward": "mixtral", "act_fn's hook": "mixtral", "act_fn's backward hook": "mixtral"}
+GATES |= {"act_fn's class's forward": "mixtral", "its class's, decorated": "mixtral"}
 GATES |= {"the module's": "mixtral", "a class's below": "gpt_oss", "its class's": "gpt_oss"}
 
 
@@ -464,6 +482,10 @@ def test_another_gate(kernel, what, family, when, monkeypatch):
             experts = layer.mlp.experts.get_base_layer()
             if what == "act_fn's forward":
                 experts.act_fn.forward = torch.tanh
+            elif what == "act_fn's class's forward":
+                patch.setattr(type(experts.act_fn), "forward", lambda self, x: torch.tanh(x))
+            elif what == "its class's, decorated":
+                patch.setattr(type(experts), "_apply_gate", halved(type(experts)._apply_gate))
             elif what == "act_fn's hook":
                 experts.act_fn.register_forward_hook(lambda module, args, out: out * 0.5)
             elif what == "act_fn's backward hook":

@@ -56,8 +56,8 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, da):
-        return ops.activate_backward(da, *ctx.saved_tensors, *ctx.flags), None, None, None
+    def backward(ctx, saved, da):
+        return ops.activate_backward(da, *saved, *ctx.flags), None, None, None
 
 
 def is_fused(activation: object, has_gate: bool) -> bool:

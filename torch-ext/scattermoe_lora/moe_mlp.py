@@ -183,9 +183,8 @@ class _MoeMlp(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         needs = list(ctx.needs_input_grad[3:])
-        saved = ctx.saved_tensors
         h = saved[-6]  # see `moe_mlp_forward`
         overwrite = _graph_is_freed(dout, h)
         if overwrite:
@@ -203,8 +202,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dout):
-        seed, rows = ctx.saved_tensors
+    def backward(ctx, saved, dout):
+        seed, rows = saved
         return ops.dropout(dout, seed, *ctx.options, rows), None, None, None, None
 
 

@@ -20,11 +20,12 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time, and `backward` may write over one
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return results
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        sources = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
         made = [result for result in results if result is not None]
         if not sources or not made:
             return results

@@ -147,9 +147,9 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         needs = list(ctx.needs_input_grad[2:])
-        grads = iter(ops.parallel_linear_backward(dout, *ctx.saved_tensors, *ctx.flags, needs))
+        grads = iter(ops.parallel_linear_backward(dout, *saved, *ctx.flags, needs))
         return None, None, *(next(grads) if need else None for need in needs)
 
 

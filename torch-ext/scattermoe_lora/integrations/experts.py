@@ -82,7 +82,7 @@ def unsupported(experts: Any) -> str | None:
 
 def dispatches(experts: Any) -> bool:
     """Whether an experts class has the forward of @use_experts_implementation, which asks the config what runs."""
-    return type(experts).forward.__globals__["__name__"] == "transformers.integrations.moe"
+    return _module_of(type(experts).forward) == "transformers.integrations.moe"
 
 
 def put_forward(module: nn.Module) -> Any:
@@ -97,10 +97,21 @@ def put_forward(module: nn.Module) -> Any:
     return None if function in (nn.Module.__call__, _function(type(module).forward)) else function
 
 
+def decorates(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` was put there around its class's, as a `functools.wraps` of it."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__func__", forward) not in (None, type(module).forward) and put_forward(module) is None
+
+
 def calls_what_was_there(function: Any) -> bool:
     """Whether a `put_forward` is ours, or one of transformers' tensor and expert parallelism around another."""
     source = getattr(function, "__module__", "")
     return source.partition(".")[0] == __name__.partition(".")[0] or source.startswith("transformers.distributed.")
+
+
+def _module_of(function: Any) -> str:
+    """The module that a function was written in: its ``__module__`` may be another's, which it decorates."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def _function(forward: Any) -> Any:
@@ -112,7 +123,7 @@ def _function(forward: Any) -> Any:
 def has_hooks(modules: list[nn.Module]) -> bool:
     """Hooks (FSDP's unsharding, accelerate's offloading, a user's) run only if the module itself is called."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(any(getattr(m, name) for name in hooks) or hasattr(m, "_hf_hook") for m in modules)
+    return any(any(getattr(m, name) for name in hooks) or "_hf_hook" in vars(m) for m in modules)
 
 
 def up_name(experts: Any) -> str:
@@ -127,8 +138,10 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
         name = "gelu_tanh"
     if isinstance(act_fn, nn.Module):
-        forward = vars(act_fn).get("forward")  # or its class's own, put there by `kernels` where it has nothing better
-        if has_hooks([act_fn]) or getattr(forward, "__func__", forward) not in (None, type(act_fn).forward):
+        # A method ``forward`` is what `kernels` maps the activation to, which computes the same, or its class's own.
+        method = getattr(vars(act_fn).get("forward"), "__func__", None)
+        is_put = "forward" in vars(act_fn) and getattr(method, "__name__", "") != "forward"
+        if is_put or has_hooks([act_fn]) or _module_of(type(act_fn).forward) != type(act_fn).__module__:
             name = None
     if not experts.has_gate:
         return name or experts.act_fn
@@ -136,11 +149,11 @@ def fused_activation(experts: Any) -> str | Callable[[Tensor], Tensor]:
     if "_apply_gate" in vars(experts):
         return experts._apply_gate
     # transformers gives classes without a gate of their own this one: act(gate) * up of concatenated halves.
-    if name and experts.is_concatenated and gate.__name__ == "_default_apply_gate":
+    if name and experts.is_concatenated and _module_of(gate) == "transformers.integrations.moe":
         return name
     # The class that the gate is of: a parametrization, as in PEFT's forward, and FSDP2 each make a class from it.
     owner = next(c for c in type(experts).__mro__ if "_apply_gate" in vars(c))
-    clamped = CLAMPED_GATES.get(owner.__name__) if gate.__module__ == owner.__module__ else None
+    clamped = CLAMPED_GATES.get(owner.__name__) if _module_of(gate) == owner.__module__ else None
     if clamped is not None and (name == "silu" or act_fn is None):
         alpha, limit, shift = clamped
         numbers = 1.0 if alpha is None else getattr(experts, alpha), getattr(experts, limit)
@@ -183,12 +196,14 @@ def call_with_loras(experts: Any, loras: Mapping[str, ExpertLoRA], *args: Tensor
     Raises:
         RuntimeError: it did not end there, so that its output is without LoRA.
     """
-    handed_over = _HandedOver(loras)
+    handed_over, outer = _HandedOver(loras), vars(experts).get(HANDED_OVER)  # of the call whose hook this one is in
     setattr(experts, HANDED_OVER, handed_over)
     try:
         out = experts(*args)
     finally:
-        delattr(experts, HANDED_OVER)
+        vars(experts).pop(HANDED_OVER, None)
+        if outer is not None:
+            setattr(experts, HANDED_OVER, outer)
     if not handed_over.is_used:
         raise RuntimeError(f"scattermoe-lora: the forward of {type(experts).__name__} did not come to use its LoRA")
     return out

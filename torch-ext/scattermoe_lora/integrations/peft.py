@@ -12,6 +12,7 @@ from ..types import ExpertLoRA
 from .experts import (
     call_with_loras,
     calls_what_was_there,
+    decorates,
     dispatches,
     fused_experts,
     has_hooks,
@@ -44,7 +45,7 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     loras = None
     if len(args) == 2 and not kwargs and not _runs_another(wrappers, experts):
         loras = _loras(wrappers, experts)
-    if loras is not None and (has_hooks([experts]) or experts._is_expert_parallel):
+    if loras is not None and (has_hooks([experts]) or decorates(experts) or experts._is_expert_parallel):
         if runs_experts_forward(experts):
             own = {name: _of_own_experts(loras[name], experts, name) for name in loras}
             return call_with_loras(experts, own, x, *args)
@@ -56,12 +57,17 @@ def param_wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
 
 
 def _runs_another(wrappers: list[Any], experts: Any) -> bool:
-    """Whether something inside would be passed over: hooks, a forward that was put there, or the user's choice."""
+    """Whether something inside would be passed over: hooks, a forward that was put there, or the user's choice.
+
+    Hooks of the experts, and what decorates their forward, are not, as they are called then.
+    """
     if has_hooks(wrappers[1:]):
         return True
-    forwards = [put_forward(module) for module in (*wrappers[1:], experts)]
-    if not all(function is None or calls_what_was_there(function) for function in forwards):
-        return True
+    for module in (*wrappers[1:], experts):
+        if "forward" in vars(module):
+            function = put_forward(module)
+            if decorates(module) and module is not experts if function is None else not calls_what_was_there(function):
+                return True
     # Chosen since `kernelize`. Switched on otherwise, it is not by the config's choice.
     return "_scattermoe_lora_replaced" in vars(experts) and not (dispatches(experts) and runs_experts_forward(experts))
 

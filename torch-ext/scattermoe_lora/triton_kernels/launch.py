@@ -101,8 +101,8 @@ def launch(
             arguments.append(operand)
     assert device is not None, "a kernel has at least one tensor"
     index = device.index
-    if device.type == "cuda" and index != driver.active.get_current_device():
-        with torch.cuda.device(device):
+    if device.type != "cpu" and index != driver.active.get_current_device():
+        with torch.get_device_module(device).device(device):
             return launch(kernel, grid, operands, scalars, num_warps, num_stages, **constants)
     key.append(index)
     known = tuple(key)

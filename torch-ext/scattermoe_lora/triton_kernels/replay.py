@@ -245,8 +245,8 @@ def replay(
         return _record(body, tensors, options, recording.recorder.missing)[1]
     device = first.device
     index = device.index
-    if first.is_cuda and index != driver.active.get_current_device():
-        with torch.cuda.device(device):
+    if device.type != "cpu" and index != driver.active.get_current_device():
+        with torch.get_device_module(device).device(device):
             return replay(body, tensors, options, backward, overwrites)
     use_context()
     pointers: list[int | None] = [None, *[None if t is None else t.data_ptr() or None for t in tensors]]
@@ -265,11 +265,16 @@ def replay(
     recorder, outputs = _record(body, tensors, options, looks=overwrites)
     missing = recorder.missing
     if missing or overwrites:
+        is_full = False
         if missing and backward is not None:
-            # Where there is no memory for it, this may be a forward alone; if not, the backward compiles its own.
-            with _recorded_by(recorder), contextlib.suppress(torch.OutOfMemoryError):
-                backward(outputs)
+            try:
+                with _recorded_by(recorder):
+                    backward(outputs)
+            except torch.OutOfMemoryError:  # it may be a forward alone; if not, the backward compiles its own
+                is_full = True
         del recorder, outputs  # what it allocated, and never wrote
+        if is_full:
+            torch.cuda.empty_cache()  # kernels are loaded into memory that torch does not hold
         if missing:
             compile_missing(missing)
         recorder, outputs = _record(body, tensors, options)
