@@ -212,6 +212,21 @@ def test_a_launcher_that_fails_once(compiler):
     assert len(compiler.module.compiled_kernels) == len(GIVEN)
 
 
+def test_a_binary_that_is_not_loaded_once(compiler):
+    """For want of memory, or in the capture of a graph: Triton keeps such a kernel, and does not try again."""
+
+    def fail(*arguments):
+        raise RuntimeError("not permitted when stream is capturing")
+
+    load, compiler.active.utils.load_binary = compiler.active.utils.load_binary, fail
+    with pytest.raises(RuntimeError, match="capturing"):
+        compiler()
+    assert not compiler.module.compiled_kernels
+    compiler.active.utils.load_binary = load
+    compiler()
+    assert all(kernel.function is not None for kernel in compiler.module.compiled_kernels.values())
+
+
 def test_a_triton_that_is_not_known(compiler, monkeypatch):
     """Its sources are left alone, so they are parsed at once."""
     monkeypatch.setattr(compiler.module, "TRITON", "4.0")

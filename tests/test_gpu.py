@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import MODELS
 from conftest import inner
-from numerics import BASE, Case, Linear, relative_error
+from numerics import BASE, Case, Linear, assert_close, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -480,6 +480,22 @@ def test_cuda_graph(kernel):
         index.copy_(torch.rand(512, 8, device="cuda").topk(3, dim=1).indices)
     graph.replay()
     assert all(torch.equal(got, want) for got, want in zip(captured, step(), strict=True))
+
+
+def test_a_capture_that_finds_kernels_missing(kernel):
+    """Is an error, as torch allows no loading meanwhile; the same call compiles them after it, and is captured."""
+    case = Case(512, 256, 160, 8, 3, 8, torch.bfloat16, activation="gelu_tanh", home=torch.device("cuda"))
+    arguments, _ = case.layer(kernel)
+    with torch.no_grad():
+        want = kernel.reference.moe_mlp(**case.layer(kernel, reference=True)[0])
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            kernel.moe_mlp(**arguments)
+        out = kernel.moe_mlp(**arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = kernel.moe_mlp(**arguments)
+        graph.replay()
+    assert_close({"eager": (out, want), "captured": (captured, want)}, BOUNDS[torch.bfloat16])
 
 
 def check_sampled_rows(kernel, T: int, H: int, I: int, E: int, r: int) -> None:  # noqa: E741

@@ -45,7 +45,8 @@ def replay(kernel, monkeypatch):
     class Binary:
         """What Triton's compiler would have returned: launched by addresses."""
 
-        function = packed_metadata = src = metadata = None
+        packed_metadata = src = metadata = None
+        function = 0
 
         def __init__(self, function, arguments, options):
             self.function_, self.options = function, options

@@ -409,12 +409,12 @@ def test_a_hook_that_calls_the_experts(kernel, ran):
             experts.register_forward_pre_hook(lambda module, args: norms.append(module.forward(*args).norm().view(1)))
             wrapper, calls = layer.mlp.experts, []
 
-            def compare(module, args, out, wrapper=wrapper, calls=calls):
-                calls.append(out)
+            def compare(module, args, wrapper=wrapper, calls=calls):
+                calls.append(args)
                 if len(calls) == 1:  # not in the call that it makes
                     norms.append(wrapper(*args).norm().view(1))
 
-            experts.register_forward_hook(compare)
+            experts.register_forward_pre_hook(compare)
         return loss_and_grads(model, ids), norms
 
     want, want_norms = measured(copy.deepcopy(model))
