@@ -108,6 +108,6 @@ def compile_missing(missing: Missing) -> None:
         for kernel in compiled.values():
             if kernel is not None:  # None: Triton's interpreter
                 kernel.run  # noqa: B018  Triton loads launcher and binary when this is first asked for
-                if kernel.function is None:  # that failed before, for want of memory or in a graph's capture
+                if kernel.function is None:  # that failed before, for want of memory
                     kernel._init_handles()
     compiled_kernels.update(compiled)
