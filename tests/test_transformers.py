@@ -516,7 +516,7 @@ def test_another_gate(kernel, what, family, when, monkeypatch):
 def test_compiles_whole(kernel, case):
     """Without a graph break, whatever the order, and where the factors are viewed by expert."""
     ids = tokens()
-    model = tiny_model("mixtral")
+    model = tiny_model("mixtral", num_hidden_layers=1)
     if case == "own activation":
         for layer in model.model.layers:
             layer.mlp.experts.act_fn = torch.nn.Mish()
@@ -529,7 +529,7 @@ def test_compiles_whole(kernel, case):
     kernel.kernelize(model)
     want = loss_and_grads(copy.deepcopy(model), ids)
     if case == "before PEFT":  # as it is before its first call
-        model = tiny_model("mixtral")
+        model = tiny_model("mixtral", num_hidden_layers=1)
         kernel.kernelize(model)
         model = wrap(model, "mixtral")
     torch._dynamo.reset()
