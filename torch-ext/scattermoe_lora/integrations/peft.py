@@ -64,10 +64,11 @@ def _runs_another(wrappers: list[Any], experts: Any) -> bool:
     if has_hooks(wrappers[1:]):
         return True
     for module in (*wrappers[1:], experts):
-        if "forward" in vars(module):
-            function = put_forward(module)
-            if decorates(module) and module is not experts if function is None else not calls_what_was_there(function):
-                return True
+        function = put_forward(module)
+        if function is not None and not calls_what_was_there(function):
+            return True
+        if function is None and decorates(module) and module is not experts:
+            return True
     # Chosen since `kernelize`. Switched on otherwise, it is not by the config's choice.
     return "_scattermoe_lora_replaced" in vars(experts) and not (dispatches(experts) and runs_experts_forward(experts))
 
