@@ -568,6 +568,27 @@ def test_hooks_below_a_switched_block(mapped, with_peft):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("is_decorated", [False, True])
+@pytest.mark.parametrize("where", ["wrapper", "experts", "their class"])
+def test_another_forward_below_a_switched_block(mapped, where, is_decorated, monkeypatch):
+    """`HFScatterMoEGatedMLP` calls what has one, as the block does that it replaces."""
+    ids = tokens()
+    model = tiny_model("mixtral")
+    if where == "wrapper":
+        model = wrap(model, "mixtral")
+    layers = (model.base_model.model if where == "wrapper" else model).model.layers
+    untouched = loss_and_grads(model, ids)
+    if where == "their class":
+        experts_class = type(layers[0].mlp.experts)
+        monkeypatch.setattr(experts_class, "forward", halved(experts_class.forward, is_decorated))
+    for layer in layers if where != "their class" else ():
+        layer.mlp.experts.forward = halved(layer.mlp.experts.forward, is_decorated)
+    want = loss_and_grads(model, ids)
+    assert not torch.allclose(untouched[0], want[0])
+    mapped(model, {type(layers[-1].mlp): "HFScatterMoEGatedMLP"})
+    check_same(loss_and_grads(model, ids), want)
+
+
 def test_expert_parallel_experts_below_a_switched_block(mapped):
     """`HFScatterMoEGatedMLP` calls what transformers' expert parallelism puts around the experts' forward."""
     ids = tokens()

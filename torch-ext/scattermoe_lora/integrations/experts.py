@@ -109,6 +109,12 @@ def calls_what_was_there(function: Any) -> bool:
     return source.partition(".")[0] == __name__.partition(".")[0] or source.startswith("transformers.distributed.")
 
 
+def has_another_forward(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` that is passed over where it is not called: put there, or a decorated one."""
+    function = put_forward(module)
+    return decorates(module) if function is None else not calls_what_was_there(function)
+
+
 def _module_of(function: Any) -> str:
     """The module that a function was written in: its ``__module__`` may be another's, which it decorates."""
     return getattr(function, "__globals__", {}).get("__name__", "")

@@ -11,13 +11,12 @@ from torch import Tensor
 from ..types import ExpertLoRA
 from .experts import (
     call_with_loras,
-    calls_what_was_there,
     decorates,
     dispatches,
     fused_experts,
+    has_another_forward,
     has_hooks,
     is_experts,
-    put_forward,
     runs_experts_forward,
     unsupported,
     up_name,
@@ -61,14 +60,10 @@ def _runs_another(wrappers: list[Any], experts: Any) -> bool:
 
     Hooks of the experts, and what decorates their forward, are not, as they are called then.
     """
-    if has_hooks(wrappers[1:]):
+    if has_hooks(wrappers[1:]) or any(map(has_another_forward, wrappers[1:])):
         return True
-    for module in (*wrappers[1:], experts):
-        function = put_forward(module)
-        if function is not None and not calls_what_was_there(function):
-            return True
-        if function is None and decorates(module) and module is not experts:
-            return True
+    if has_another_forward(experts) and not decorates(experts):
+        return True
     # Chosen since `kernelize`. Switched on otherwise, it is not by the config's choice.
     return "_scattermoe_lora_replaced" in vars(experts) and not (dispatches(experts) and runs_experts_forward(experts))
 

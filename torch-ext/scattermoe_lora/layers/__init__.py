@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.experts import experts_forward, has_hooks, is_experts
+from ..integrations.experts import dispatches, experts_forward, has_another_forward, has_hooks, is_experts
 from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_forward, unwrap
 from ..moe_mlp import moe_mlp
 from ..types import ExpertLoRA
@@ -137,10 +137,11 @@ def _block(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if not has_hooks([experts]):
+    if not has_hooks([experts]) and not has_another_forward(experts):
         if is_param_wrapper(experts):
             return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
-        if is_experts(experts) and not experts._is_expert_parallel:  # whose forward has transformers' around it
+        # Expert parallelism's forward has transformers' around it.
+        if is_experts(experts) and dispatches(experts) and not experts._is_expert_parallel:
             return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return experts(hidden_states, top_k_index, top_k_weights)
 
