@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_strategy="no",
             report_to="none",
             bf16=gpu,  # TRL's default, which a CPU refuses
+            model_init_kwargs={"dtype": "auto"},  # the checkpoint's own: TRL's default is float32, twice the memory
             use_cpu=not gpu,
         ),
         # Paragraphs here; conversations ("messages") or prompts with completions go the same way.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import sys
 
 import nbformat
@@ -94,6 +95,20 @@ def test_scripts_run(kernel, common, base, tmp_path, monkeypatch, capfd, name, f
         with stock.disable_adapter():
             untuned = stock(input_ids=ids).logits
     assert (tuned - untuned).norm() > 0.05 * untuned.norm()
+
+
+def test_sft_keeps_the_dtype_of_the_model(kernel, common, base, tmp_path, monkeypatch):
+    """TRL loads a model that it is given by name in float32, which no tensor core multiplies, unless it is told."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(base, model)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(model)
+    text.write_text("A text.\n\n" * 20)
+    example = importlib.import_module("sft")
+    trained = []
+    monkeypatch.setattr(example.SFTTrainer, "train", lambda trainer: trained.append(trainer.model))
+    example.main(["--model", str(model), "--data", str(text), "--output-dir", str(tmp_path)])
+    (trained,) = trained
+    assert {p.dtype for name, p in trained.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
 def test_options_for_a_real_model(common, tmp_path):
