@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,14 @@ def families() -> tuple[Family, ...]:
                 module = f"transformers.models.{path.parent.name}.{path.stem}"
                 found.append(Family(path.parent.name, module, node.name))
     return tuple(found)
+
+
+def of_another_kind() -> list[str]:
+    """The model types whose experts take no experts implementation."""
+    folder = Path(transformers.__file__).parent / "models"
+    experts = re.compile(rb"(?m)^class \w+Experts\(")
+    types = {path.parent.name for path in folder.glob("*/modeling_*.py") if experts.search(path.read_bytes())}
+    return sorted(types - {family.model_type for family in families()})
 
 
 def model_class(family: Family) -> type[transformers.PreTrainedModel]:
@@ -343,7 +352,9 @@ def document(results: dict[Family, Result]) -> str:
         "- *layout*: `-` is `[E, 2 I, H]`, gate and up in halves, no bias.",
         "- *activation*: what `kernelize` reports: the name of the fused one, or `own` where the class's own function",
         "  runs between two fused products.",
-        "- *left*: `kernelize` leaves the class to transformers and says so; the model's results are unchanged.",
+        "",
+        "Model types whose experts are of another kind, which `kernelize` leaves as they are and names:",
+        f"{', '.join(of_another_kind())}.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

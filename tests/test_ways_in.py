@@ -21,7 +21,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM, KernelConfig
 from transformers.integrations import hub_kernels, moe
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmoe import modeling_olmoe
 from transformers.utils import is_kernels_available
@@ -474,7 +477,7 @@ def test_another_forward_of_experts_stays(kernel, where):
 
 
 def test_other_experts_classes_are_named(kernel, monkeypatch):
-    """Liger replaces the class: such experts are not transformers', which an error or the report says."""
+    """Liger replaces the class: such experts ask no config what runs, which an error or the report says."""
 
     class LigerExperts(nn.Module):
         def __init__(self, config) -> None:
@@ -489,11 +492,25 @@ def test_other_experts_classes_are_named(kernel, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(modeling_mixtral, "MixtralExperts", LigerExperts)
         model = tiny_model("mixtral")
-    with pytest.raises(ValueError, match="layers.1.mlp.experts: LigerExperts is no experts class of transformers"):
+    with pytest.raises(ValueError, match="layers.1.mlp.experts: LigerExperts takes no experts implementation"):
         kernel.kernelize(model)
     model.model.layers[0].mlp.experts = tiny_model("mixtral").model.layers[0].mlp.experts
     report = kernel.kernelize(model)
     assert len(report.switched) == 1 and [name for name, _ in report.left] == [NAMES[1]]
+
+
+def test_experts_of_another_kind_are_named(kernel):
+    """gpt-oss's in MXFP4, as its checkpoints have them, with weights that are no parameters; Llama 4's own."""
+    model = tiny_model("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp = Mxfp4GptOssMLP(layer.mlp.router, Mxfp4GptOssExperts(model.config))
+        for name in ("gate_up_proj", "down_proj"):
+            delattr(layer.mlp.experts, name)
+    with pytest.raises(ValueError, match="layers.1.mlp.experts: Mxfp4GptOssExperts takes no experts implementation"):
+        kernel.kernelize(model)
+    llama = nn.ModuleDict({"experts": Llama4TextExperts(Llama4TextConfig(hidden_size=8, intermediate_size=8))})
+    with pytest.raises(ValueError, match="experts: Llama4TextExperts takes no experts implementation"):
+        kernel.kernelize(llama)
 
 
 @integrated

@@ -145,7 +145,7 @@ def kernelize(model: nn.Module, *, lora_dropout: float = 0.0) -> Report:
         if not is_experts(experts):
             if _looks_like_experts(experts):
                 cls = type(experts).__name__
-                left.append((name, f"{cls} is no experts class of transformers (@use_experts_implementation)"))
+                left.append((name, f"{cls} takes no experts implementation (@use_experts_implementation)"))
             continue
         outer_name = name
         while outer_name and is_param_wrapper(modules.get(_parent(outer_name))):
@@ -212,7 +212,10 @@ def _parent(name: str) -> str:
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
-    """Whether a module has an expert stack and takes ids and weights, as Liger's in the place of transformers'."""
+    """Whether a module is called experts, as Llama 4's and those that MXFP4 puts in the place of gpt-oss's, or has an
+    expert stack and takes ids and weights."""
+    if type(module).__name__.endswith("Experts"):
+        return True
     weight = module._parameters.get("down_proj")
     stacked = isinstance(weight, Tensor) and weight.dim() == 3
     return stacked and len(inspect.signature(type(module).forward).parameters) == 4
