@@ -589,8 +589,9 @@ def test_another_forward_below_a_switched_block(mapped, where, is_decorated, mon
     check_same(loss_and_grads(model, ids), want)
 
 
-def test_expert_parallel_experts_below_a_switched_block(mapped):
-    """`HFScatterMoEGatedMLP` calls what transformers' expert parallelism puts around the experts' forward."""
+@pytest.mark.parametrize("by_expert", [True, False])
+def test_parallel_experts_below_a_switched_block(mapped, by_expert):
+    """`HFScatterMoEGatedMLP` calls what transformers' parallelism puts around the experts' forward."""
     ids = tokens()
     model = tiny_model("mixtral")
     want = loss_and_grads(copy.deepcopy(model), ids)
@@ -598,13 +599,14 @@ def test_expert_parallel_experts_below_a_switched_block(mapped):
     seen = []
     for layer in model.model.layers:
         experts = layer.mlp.experts
-        experts._is_expert_parallel = True
+        experts._is_expert_parallel = by_expert
 
-        def ep_forward(*args, original=experts.forward):
+        def parallel_forward(*args, original=experts.forward):
             seen.append(1)
             return original(*args)
 
-        experts.forward = ep_forward
+        parallel_forward.__module__ = "transformers.distributed.tensor_parallel"
+        experts.forward = parallel_forward
     check_same(loss_and_grads(model, ids), want)
     assert len(seen) == 2
 

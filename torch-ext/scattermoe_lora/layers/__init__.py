@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.experts import dispatches, experts_forward, has_another_forward, has_hooks, is_experts
+from ..integrations.experts import (
+    dispatches,
+    experts_forward,
+    has_another_forward,
+    has_hooks,
+    is_experts,
+    put_forward,
+)
 from ..integrations.peft import active_lora, is_param_wrapper, param_wrapper_forward, unwrap
 from ..moe_mlp import moe_mlp
 from ..types import ExpertLoRA
@@ -140,8 +147,8 @@ def _experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     if not has_hooks([experts]) and not has_another_forward(experts):
         if is_param_wrapper(experts):
             return param_wrapper_forward(experts, hidden_states, top_k_index, top_k_weights)
-        # Expert parallelism's forward has transformers' around it.
-        if is_experts(experts) and dispatches(experts) and not experts._is_expert_parallel:
+        # transformers' tensor and expert parallelism put a forward around it.
+        if is_experts(experts) and dispatches(experts) and put_forward(experts) is None:
             return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return experts(hidden_states, top_k_index, top_k_weights)
 
