@@ -12,7 +12,7 @@ import kernels
 import pytest
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import inner
 from numerics import assert_close
 from peft import LoraConfig, get_peft_model
@@ -546,6 +546,48 @@ def test_hooks_of_accelerate_are_no_kernel(kernel, ran):
         check_same(loss_and_grads(model, ids), want)
     assert ran.ops["moe_mlp_forward"] == 2
     assert Counter(calls) == {"MixtralSparseMoeBlock": 2, "ParamWrapper": 4, "MixtralExperts": 2}
+
+
+@pytest.mark.parametrize("first", ["hook", "kernelize"])
+def test_a_hook_of_accelerate_on_the_wrapper(kernel, ran, first):
+    """It goes on running, around the fused forward, and around PEFT's after `unkernelize`, which leaves it there."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    wrappers = [layer.mlp.experts for layer in model.base_model.model.model.layers]
+    calls = []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    def add_hooks():
+        for wrapper in wrappers:
+            add_hook_to_module(wrapper, Hook())
+
+    def step():
+        calls.clear()
+        with ran:
+            check_same(loss_and_grads(model, ids), want)
+        return len(calls), ran.ops["moe_mlp_forward"], ran.merges > 0
+
+    if first == "hook":
+        add_hooks()
+    kernel.kernelize(model)
+    if first == "kernelize":
+        add_hooks()
+    assert step() == (2, 2, False)
+    kernel.unkernelize(model)
+    assert step() == (2, 0, True)
+    kernel.kernelize(model)
+    assert step() == (2, 2, False)
+    kernel.unkernelize(model)
+    for wrapper in wrappers:
+        remove_hook_from_module(wrapper)
+    assert step() == (0, 0, True)
+    kernel.kernelize(model)
+    assert step() == (0, 2, False)
 
 
 def test_what_kernels_falls_back_to_is_no_other(kernel, mappings, ran):

@@ -85,15 +85,21 @@ def dispatches(experts: Any) -> bool:
     return _module_of(type(experts).forward) == "transformers.integrations.moe"
 
 
+def forward_slot(module: nn.Module) -> str:
+    """The attribute for a module's ``forward``: accelerate's hook takes that name, and calls what it put aside."""
+    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+
+
 def put_forward(module: nn.Module) -> Any:
     """The function that was put on a module as its ``forward``, in place of its class's; None if there is none.
 
     That is under what bound, compiled and decorated it, accelerate's hooks among that. A module that torch compiled
     calls the one inside.
     """
-    if "forward" not in vars(module):
+    slot = forward_slot(module)
+    if slot not in vars(module):
         return None
-    function = _function(vars(module)["forward"])
+    function = _function(vars(module)[slot])
     return None if function in (nn.Module.__call__, _function(type(module).forward)) else function
 
 

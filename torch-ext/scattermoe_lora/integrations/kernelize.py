@@ -18,6 +18,7 @@ from .experts import (
     calls_what_was_there,
     dispatches,
     experts_forward,
+    forward_slot,
     fused_activation,
     is_experts,
     put_forward,
@@ -195,7 +196,10 @@ def unkernelize(model: nn.Module) -> tuple[str, ...]:
             del module._scattermoe_lora_replaced, module._scattermoe_lora_dropout
             restored.append(name)
         if is_param_wrapper(module) and put_forward(module) is param_wrapper_forward:
-            del module.forward
+            if forward_slot(module) == "forward":
+                del module.forward
+            else:  # a hook's own forward stays
+                module._old_forward = type(module).forward.__get__(module)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _FuseLater):
                 del module._forward_pre_hooks[key]
@@ -267,8 +271,12 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str, activation: obj
 
 def fuse_wrapper(module: Any) -> None:
     """Gives the outermost `ParamWrapper` around experts the forward that merges nothing; other modules are left."""
-    if is_param_wrapper(module) and "forward" not in module.__dict__:
-        module.forward = functools.partial(param_wrapper_forward, module)  # a method is nothing that Dynamo can make
+    if not is_param_wrapper(module):
+        return
+    slot = forward_slot(module)
+    if slot not in vars(module) or (slot != "forward" and put_forward(module) is None):
+        # A method is nothing that Dynamo can make.
+        setattr(module, slot, functools.partial(param_wrapper_forward, module))
 
 
 @dataclass(frozen=True)
