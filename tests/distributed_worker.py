@@ -233,6 +233,26 @@ def dispatch_lora(kernel: Any) -> Iterator[dict[str, Any]]:
     yield errors(train(model, [IDS]), want, mean_loss=False)
 
 
+def fsdp_loaded(kernel: Any) -> Iterator[dict[str, Any]]:
+    """transformers' own FSDP2: layers are sharded as they are loaded, and no FSDP knows the adapters that come later.
+
+    Every rank has all of them, and Trainer averages their gradients in such hooks.
+    """
+
+    def average(parameter: Tensor) -> None:
+        dist.all_reduce(parameter.grad)
+        assert parameter.grad is not None
+        parameter.grad /= dist.get_world_size()
+
+    want = train(adapted(kernel), halves())
+    model = wrap(split_model(tiny(), fsdp_size=2), FAMILY)
+    kernel.kernelize(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average)
+    yield errors(train(model, my_half()), want)
+
+
 def zero3(kernel: Any) -> Iterator[dict[str, Any]]:
     """DeepSpeed ZeRO-3. It finds gradients by hooks on inputs that need them, so the embeddings' output must."""
     import deepspeed
@@ -273,6 +293,7 @@ SCENARIOS: dict[str, Callable[[Any], Iterator[dict[str, Any]]]] = {
     "fsdp layers checkpointed": lambda kernel: fsdp(kernel, torch.float32, lambda layer: [], checkpointing=True),
     "fsdp wrapper": lambda kernel: fsdp(kernel, torch.float32, of_wrapper),
     "fsdp experts": lambda kernel: fsdp(kernel, torch.float32, of_experts),
+    "fsdp loaded": fsdp_loaded,
     "tp": tensor_parallel,
     "ep masks": lambda kernel: masks(kernel, lora=False),
     "ep masks lora": lambda kernel: masks(kernel, lora=True),

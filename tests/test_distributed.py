@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 
-ENGINES = ["ddp", "accelerate"]
+ENGINES = ["ddp", "accelerate", "fsdp loaded"]
 SHARDED = ["fsdp layers", "fsdp layers bf16", "fsdp layers checkpointed", "fsdp wrapper", "fsdp experts"]
 SPLIT = ["tp", "ep masks", "ep masks lora", "ep dispatch", "ep dispatch lora"]
 BOUND = 1e-5
@@ -107,7 +107,7 @@ def test_token_dispatch(results):
     """Tokens sent to their experts' ranks: transformers' own gradients; LoRA on the experts is refused in words."""
     check_errors(results["ep dispatch"], losses=3, grads=2 * 25)
     refused = results["ep dispatch"]["refused"]
-    assert "LoRA on" in refused and "ep_size=tp_size" in refused, refused
+    assert "LoRA on" in refused and "fsdp_size=1 and ep_size=tp_size" in refused, refused
 
 
 def test_token_dispatch_with_lora(results):

@@ -81,9 +81,9 @@ def _of_own_experts(lora: ExpertLoRA, experts: Any, name: str) -> ExpertLoRA:
     # With other tokens on each rank transformers shards the experts by FSDP as well, if only over one process.
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         raise NotImplementedError(
-            f"scattermoe-lora: LoRA on {name} works under expert parallelism where all ranks that share out the "
-            "experts have the same tokens (ep_size=tp_size in transformers' DistributedConfig), not where each has "
-            "its own"
+            f"scattermoe-lora: LoRA on {name} works under expert parallelism where all ranks have the same tokens "
+            "(fsdp_size=1 and ep_size=tp_size in transformers' DistributedConfig), not where FSDP shards the experts "
+            "as well"
         )
     A, B = (
         DTensor.from_local(factor, weight.device_mesh, [Replicate()], run_check=False)
