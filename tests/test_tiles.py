@@ -20,6 +20,14 @@ def test_an_activation_has_16_bytes_a_thread(kernel, family, dtype):
         assert rows % tile.block_m == 0
 
 
+def test_descriptors_are_for_gpus_with_tma(kernel):
+    has_tma = inner(kernel, "triton_kernels.device").has_tma
+    assert {family: has_tma(family) for family in FAMILIES} == {
+        family: family in ("sm_90", "sm_100", "sm_120") for family in FAMILIES
+    }
+    assert has_tma("sm_103") and has_tma("sm_121") and has_tma("unknown")  # XPU's and the interpreter's
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 60, 128, 512])
 @pytest.mark.parametrize("num_slots", [4097, 16384, 65536, 65537, 262144, 1000003])
 def test_a_schedule_holds_the_chunks_of_any_routing(kernel, num_slots, num_experts):

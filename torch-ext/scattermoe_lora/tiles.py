@@ -96,21 +96,25 @@ def _widest(gpu: Gpu) -> int:
     return 64 if _is_rdna(gpu) else 128
 
 
+def _multiplies_by_warp(gpu: Gpu) -> bool:
+    """Whether an NVIDIA GPU's products are a warp's own, `mma.sync`, and not a warp group's or a block's."""
+    return gpu.architecture.startswith(("sm_7", "sm_8", "sm_12"))
+
+
 def _pipeline(dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """Depth of a step, and steps in flight: what hides a load without spilling its addresses.
 
-    64 deep and 4 where TMA loads (sm_90, sm_100); 32 deep on other NVIDIA GPUs, where 64 spilled 104 bytes a thread in
-    the 128-wide tile; 2 in flight on AMD, where more did not compile for gfx950. 32 deep on gfx950, where 64 spilled
-    188 with Triton 3.6, and on RDNA, where it spilled up to 836. Half as deep for float32.
+    64 deep; 4 in flight on NVIDIA, but 3 where products are a warp's own, and 2 on AMD, where more did not compile for
+    gfx950. 32 deep on gfx950, where 64 spilled 188 bytes a thread with Triton 3.6, and on RDNA, where it spilled up to
+    836. Half as deep for float32.
     """
+    depth, stages = 64, 4
     if gpu.architecture == "gfx950" or _is_rdna(gpu):
         depth, stages = 32, 2
     elif gpu.architecture.startswith("gfx"):
-        depth, stages = 64, 2
-    elif gpu.architecture in ("sm_90", "sm_100"):
-        depth, stages = 64, 4
-    else:
-        depth, stages = 32, 4
+        stages = 2
+    elif _multiplies_by_warp(gpu):
+        stages = 3
     return (depth if dtype.itemsize <= 2 else depth // 2), stages
 
 
@@ -126,6 +130,12 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
         num_warps=8 if rows >= (64 if _is_rdna(gpu) else 128) else 4,
         num_stages=stages,
     )
+    if _multiplies_by_warp(gpu):
+        # Two blocks of 4 warps hide each other's waits. An H100 that ran the code for sm_80 took 4.5 ms for the four
+        # products of a Qwen3-30B-A3B step, 8192 tokens, and 5.3 with one block of 8. 64 deep 3 % less; but it spills
+        # up to 176 bytes a thread, and two such blocks do not fit into the shared memory of sm_86 and sm_89.
+        depth = 32 if rows >= 128 else depth
+        rule = replace(rule, block_k=depth, num_warps=4, programs_per_processor=2)
     if dtype.itemsize > 2 and gpu.architecture.startswith("sm_"):
         # Products of single numbers, whose operands wait in registers: 128 columns and 32 deep spilled 5 to 6.5 KB a
         # thread, and a step of 1024 tokens of Qwen3-30B-A3B took an H200 337 ms.
@@ -175,6 +185,9 @@ def gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
         num_warps=4 if right <= (32 if _is_rdna(gpu) else 64) else 8,
         num_stages=min(3, _pipeline(dtype, gpu)[1]),
     )
+    if _multiplies_by_warp(gpu) and right > 64 and dtype.itemsize <= 2:
+        # 2.4 ms for 3.5 (both of Qwen3-30B-A3B's dW, as above).
+        rule = replace(rule, block_k=32, num_warps=4, num_stages=4)
     return _choose(f"gram {'narrow' if right <= 64 else 'wide'}", rule, right, dtype, gpu)
 
 

@@ -63,6 +63,14 @@ def use_context() -> None:
 
 
 @functools.cache
+def has_tma(architecture: str) -> bool:
+    """Whether blocks are loaded by descriptors: for GPUs without TMA Triton makes these loads of an element each."""
+    if architecture.startswith("sm_"):
+        return int(architecture[3:]) >= 90
+    return not architecture.startswith("gfx")
+
+
+@functools.cache
 def has_hopper_kernels(architecture: str) -> bool:
     """Whether the kernels in `hopper_gemm`, `hopper_gram`, `hopper_narrow` and `hopper_act_grad` can be used."""
     return architecture == "sm_90" and TRITON in KNOWN_TRITON

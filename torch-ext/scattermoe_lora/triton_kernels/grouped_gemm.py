@@ -3,8 +3,8 @@
 One persistent kernel for the four products of a step. What differs is a parameter: how rows of x and of the output are
 addressed, and how the weight is laid out.
 
-Rows and columns that a tile has too many read some valid row or column instead: products do not mix rows or columns,
-and what they give is not stored. Only the K dimension, which a product sums over, is masked.
+Rows that a tile has too many read some valid row instead: products do not mix rows, and what they give is not stored.
+Columns that it has too many are zeros, as is what lies past the K dimension, which a product sums over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .. import tiles
 from ..operands import tma_can_read
 from ..types import Routing
 from .act import act, constants
-from .device import HOPPER_COLUMNS, gpu, uses_hopper_tiles
+from .device import HOPPER_COLUMNS, gpu, has_tma, uses_hopper_tiles
 from .launch import empty, launch
 from .rows import operand_rows, scheduled_tile, tile_rows
 
@@ -31,10 +31,10 @@ GROUP_M = 16
 
 @triton.jit
 def _load_w(
-    w, w_column, expert, k, first_column, K, stride_wk,
+    w, w_column, inside, expert, k, first_column, K, stride_wk,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K rows of the expert's weight from k on, by the tile's BLOCK_N columns; rows past K are zeros.
+    """BLOCK_K rows of the expert's weight from k on, by the tile's BLOCK_N columns; zeros outside.
 
     The one place where a weight is read: another storage format is another branch here, not another kernel.
     """
@@ -44,19 +44,18 @@ def _load_w(
         return tl.reshape(w.load([expert, k, first_column]), (BLOCK_K, BLOCK_N))
     else:
         kk = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
-        if EVEN_K:
-            return tl.load(w_column[None, :] + kk[:, None] * stride_wk)
-        else:
-            return tl.load(w_column[None, :] + kk[:, None] * stride_wk, mask=(kk < K)[:, None], other=0.0)
+        mask = inside[None, :] if EVEN_K else inside[None, :] & (kk < K)[:, None]
+        return tl.load(w_column[None, :] + kk[:, None] * stride_wk, mask=mask, other=0.0)
 
 
 @triton.jit
-def _lora_step(acc, z_row, expand_column, first, R, stride_er, BLOCK_R: tl.constexpr):
+def _lora_step(acc, z_row, expand_column, inside, first, R, stride_er, BLOCK_R: tl.constexpr):
     """BLOCK_R ranks of the LoRA update."""
     r = first + tl.arange(0, BLOCK_R)
     r_mask = r < R
     z = tl.load(z_row[:, None] + r[None, :], mask=r_mask[None, :], other=0.0)
-    b = tl.load(expand_column[None, :] + r[:, None].to(tl.int64) * stride_er, mask=r_mask[:, None], other=0.0)
+    b_mask = r_mask[:, None] & inside[None, :]
+    b = tl.load(expand_column[None, :] + r[:, None].to(tl.int64) * stride_er, mask=b_mask, other=0.0)
     return tl.dot(z, b, acc, input_precision="ieee")
 
 
@@ -73,7 +72,8 @@ def _tile(
     rows, slots, mask = tile_rows(first_row, end, scattered_ptr, BLOCK_M)
     e = expert.to(tl.int64)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.minimum(n, N - 1).to(tl.int64)
+    column = n.to(tl.int64)
+    inside = n < N
     x_row = x_ptr
     if not X_TMA:
         x_row += operand_rows(rows, slots, X_FAN_OUT) * stride_xm
@@ -91,7 +91,9 @@ def _tile(
                 xk = tl.load(x_row[:, None] + kk[None, :] * stride_xk)
             else:
                 xk = tl.load(x_row[:, None] + kk[None, :] * stride_xk, mask=(kk < K)[None, :], other=0.0)
-        wk = _load_w(w, w_column, expert, k, column_tile * BLOCK_N, K, stride_wk, W_TMA, EVEN_K, BLOCK_K, BLOCK_N)
+        wk = _load_w(
+            w, w_column, inside, expert, k, column_tile * BLOCK_N, K, stride_wk, W_TMA, EVEN_K, BLOCK_K, BLOCK_N
+        )
         acc = tl.dot(xk, wk, acc, input_precision="ieee")
 
     if LORA_STEPS > 0:
@@ -99,14 +101,15 @@ def _tile(
         z_row = z_ptr + rows * R
         if UNROLL_LORA:
             for step in tl.static_range(LORA_STEPS):
-                acc = _lora_step(acc, z_row, expand_column, step * BLOCK_R, R, stride_er, BLOCK_R)
+                acc = _lora_step(acc, z_row, expand_column, inside, step * BLOCK_R, R, stride_er, BLOCK_R)
         else:
             for step in tl.range(0, LORA_STEPS, num_stages=2):
-                acc = _lora_step(acc, z_row, expand_column, step * BLOCK_R, R, stride_er, BLOCK_R)
+                acc = _lora_step(acc, z_row, expand_column, inside, step * BLOCK_R, R, stride_er, BLOCK_R)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + e * stride_be + column * stride_bn).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + e * stride_be + column * stride_bn, mask=inside, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     out = out_ptr + operand_rows(rows, slots, 1 if OUT_SCATTERED else 0)[:, None] * N + n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -171,7 +174,7 @@ def _grouped_gemm_kernel(
 
 def _x_operand(x: Tensor, x_fan_out: int, tile: tiles.Tile) -> TensorDescriptor | None:
     """x for TMA, if its rows are grouped and it can be read so; gathered ones are read by pointer."""
-    if x_fan_out == 0 and tma_can_read(x, 1):
+    if x_fan_out == 0 and has_tma(gpu(x).architecture) and tma_can_read(x, 1):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k])
     return None
 
@@ -180,6 +183,8 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     """The weight ``[E, K, N]`` as the kernel takes it: by TMA whichever of K and N is contiguous, else by pointer."""
     E, K, N = weight.shape
     stride_e, stride_k, stride_n = weight.stride()
+    if not has_tma(gpu(weight).architecture):
+        return weight, ""
     if tma_can_read(weight, 1):
         return TensorDescriptor(weight, [E, N, K], [stride_e, stride_n, 1], [1, tile.block_n, tile.block_k]), "k"
     if tma_can_read(weight, 2):
