@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import kernels
@@ -623,6 +625,25 @@ def test_copies_are_independent(kernel):
         with model.disable_adapter():
             want = model(input_ids=ids).logits
         assert_close({"logits": (twin(input_ids=ids).logits, want)}, BOUND)
+
+
+@pytest.mark.parametrize("when", ["after PEFT", "before PEFT"])
+def test_a_deleted_model_is_freed_at_once(kernel, when):
+    """As PEFT's is: memory of a GPU is not seen by Python's garbage collector, which may come late."""
+    model = tiny_model("mixtral")
+    if when == "before PEFT":
+        kernel.kernelize(model)
+    model = wrap(model, "mixtral")
+    if when == "after PEFT":
+        kernel.kernelize(model)
+    loss_and_grads(model, tokens())
+    kept = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    gc.disable()
+    try:
+        del model
+        assert not [name for name, parameter in kept.items() if parameter() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

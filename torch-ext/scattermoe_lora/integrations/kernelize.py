@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import PicklingError
 from typing import Any, NoReturn
@@ -275,8 +277,26 @@ def fuse_wrapper(module: Any) -> None:
         return
     slot = forward_slot(module)
     if slot not in vars(module) or (slot != "forward" and put_forward(module) is None):
-        # A method is nothing that Dynamo can make.
-        setattr(module, slot, functools.partial(param_wrapper_forward, module))
+        setattr(module, slot, _FusedForward(module))
+
+
+class _FusedForward:
+    """`param_wrapper_forward` of a wrapper, without keeping it alive: a deleted model is freed at once, as PEFT's is.
+
+    With a partial, or a bound method (which Dynamo can't make), it would wait for Python's garbage collector with all
+    its experts.
+    """
+
+    func = staticmethod(param_wrapper_forward)  # named as a partial's, for `put_forward`
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        self.wrapper: Callable[[], Any] = weakref.ref(wrapper)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return param_wrapper_forward(self.wrapper(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FusedForward:
+        return _FusedForward(copy.deepcopy(self.wrapper(), memo))
 
 
 @dataclass(frozen=True)
