@@ -88,7 +88,8 @@ def schedule_size(num_slots: int, num_experts: int) -> int:
 
 
 def _is_rdna(gpu: Gpu) -> bool:
-    return gpu.architecture.startswith("gfx11")
+    # RX 7000 and Strix Halo; RX 9000, which with CDNA's tiles spilled up to 1328 bytes a thread (Triton 3.6).
+    return gpu.architecture.startswith(("gfx11", "gfx120"))
 
 
 def _widest(gpu: Gpu) -> int:
@@ -131,7 +132,7 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
         num_stages=stages,
     )
     if _multiplies_by_warp(gpu):
-        # Two blocks of 4 warps hide each other's waits. An H100 that ran the code for sm_80 took 4.5 ms for the four
+        # Two blocks of 4 warps hide each other's waits. An H100 that ran the code for sm_80 took 4.0 ms for the four
         # products of a Qwen3-30B-A3B step, 8192 tokens, and 5.3 with one block of 8. 64 deep 3 % less; but it spills
         # up to 176 bytes a thread, and two such blocks do not fit into the shared memory of sm_86 and sm_89.
         depth = 32 if rows >= 128 else depth
