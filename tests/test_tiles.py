@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -44,6 +46,18 @@ def test_a_gpu_that_is_not_compiled_for_has_the_tiles_of_its_kin(kernel, name, k
         for rank in (16, 64, 1536):
             assert tiles.gram_tile(2048, rank, dtype, ours) == tiles.gram_tile(2048, rank, dtype, kin)
         assert tiles.shrink_gram_tile(2048, 16, dtype, ours) == tiles.shrink_gram_tile(2048, 16, dtype, kin)
+
+
+def test_a_gpu_whose_tensor_cores_triton_does_not_use_is_warned_of(kernel, monkeypatch):
+    properties = {"minor": 5, "shared_memory_per_block_optin": 2**16, "multi_processor_count": 40}
+    device = inner(kernel, "triton_kernels.device")
+    for major, warned in ((7, 1), (8, 0)):
+        answer = types.SimpleNamespace(major=major, **properties)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, answer=answer: answer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert device._gpu.__wrapped__("cuda", 0).architecture == f"sm_{major}5"
+        assert ["tensor cores of sm_75" in str(warning.message) for warning in caught] == [True] * warned
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 60, 128, 512])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -33,9 +34,16 @@ def _gpu(device_type: str, index: int | None) -> Gpu:
     if torch.version.hip is not None:
         architecture = properties.gcnArchName.partition(":")[0]
         return Gpu(architecture, properties.shared_memory_per_block, properties.multi_processor_count)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    if properties.major < 8:  # sm_75's products, in float16 too, are of single numbers and spill 4.5 KB a thread
+        warnings.warn(
+            f"scattermoe-lora: Triton does not use the tensor cores of {architecture}, older than sm_80: compare the "
+            "time of a step with the untouched model's",
+            stacklevel=2,
+        )
     # A block may opt into more than the 48 KB that it gets unasked; what torch calls it is in no stub.
     shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Gpu(f"sm_{properties.major}{properties.minor}", shared_memory, properties.multi_processor_count)
+    return Gpu(architecture, shared_memory, properties.multi_processor_count)
 
 
 def gpu(tensor: Tensor) -> Gpu:
