@@ -96,6 +96,7 @@ test-gpu: $(READY)
 		$(PYTHON_RUN) scripts/build.py; \
 		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m every_device -n 8; \
 		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m gpu; \
+		$(LOCAL) $(PYTHON_RUN) -m pytest tests --device cuda -m every_device -n 8 --code-for sm_80; \
 		$(LOCAL) $(PYTHON_RUN) scripts/gpu_check.py; \
 	fi
 

@@ -3,7 +3,8 @@
 - ``cpu`` (default): the CPU backend; every test that needs no GPU runs.
 - ``interpreter``: the Triton kernels themselves, in Triton's interpreter, on CPU tensors; only tests marked
   ``every_device`` or ``interpreter`` run.
-- ``cuda``: the Triton kernels on the GPU; tests marked ``every_device`` or ``gpu`` run.
+- ``cuda``: the Triton kernels on the GPU; tests marked ``every_device`` or ``gpu`` run. With ``--code-for sm_80`` it
+  runs those for an older GPU, see `older_gpu`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import hypothesis
 import numpy as np
+import older_gpu
 import pytest
 import torch
 
@@ -30,12 +32,15 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "interpreter", "cuda"), help="see tests/conftest.py")
+    parser.addoption("--code-for", choices=older_gpu.OLDER, help="see tests/conftest.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
         quicken_the_interpreter()
+    if config.getoption("--code-for"):
+        older_gpu.run_code_for(config.getoption("--code-for"))
     slow = config.getoption("--device") != "cpu"  # a GPU compiles for every new size
     common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     hypothesis.settings.register_profile("few", max_examples=15 if slow else 200, derandomize=True, **common)
