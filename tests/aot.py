@@ -38,7 +38,7 @@ PACKAGE = "scattermoe_lora_aot"
 SPILL_LIMIT = 20 * 1024
 # Loads of a single 16-bit number that a product may have: a bias is read so, operands are by 16 bytes.
 NARROW_LIMIT = 8
-NARROW_LOAD = r"\bld\.global(?!\S*\.v\d)\S*\.b16\b|_load_(?:ushort|u16|short_d16|d16_b16)\b"
+NARROW_LOAD = r"\bld\.global(?!\S*\.v\d)\S*\.b16\b|(?:global|buffer)_load_(?:ushort|u16|short_d16|d16_b16)\b"
 # NVIDIA's warp group instructions multiply 64 rows or more; fewer go to the warp's own, on every generation.
 WARP_GROUP_ROWS = 64
 
