@@ -30,6 +30,13 @@ def test_descriptors_are_for_gpus_with_tma(kernel):
     assert has_tma("sm_103") and has_tma("sm_121") and has_tma("unknown")  # XPU's and the interpreter's
 
 
+def test_a_gpu_of_intels_has_as_many_programs_as_subslices(kernel, monkeypatch):
+    device = inner(kernel, "triton_kernels.device")
+    properties = types.SimpleNamespace(gpu_subslice_count=128)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
+    assert device._gpu.__wrapped__("xpu", 0).processors == 128
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [("sm_103", "sm_100"), ("sm_110", "sm_100"), ("sm_121", "sm_120"), ("gfx1151", "gfx1100"), ("gfx1201", "gfx1100")],

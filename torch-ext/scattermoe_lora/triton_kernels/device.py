@@ -28,8 +28,10 @@ HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_LEAST = 128, 256, 4
 
 @functools.cache
 def _gpu(device_type: str, index: int | None) -> Gpu:
+    if device_type == "xpu":  # whose processors are its subslices, as torch's own compiler counts
+        return Gpu("unknown", 64 * 1024, torch.xpu.get_device_properties(index).gpu_subslice_count)
     if device_type != "cuda":
-        return Gpu("unknown", 64 * 1024, 8)  # XPU, and the CPU tensors of Triton's interpreter
+        return Gpu("unknown", 64 * 1024, 8)  # the CPU tensors of Triton's interpreter
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         architecture = properties.gcnArchName.partition(":")[0]
