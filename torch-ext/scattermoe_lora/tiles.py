@@ -132,11 +132,11 @@ def gemm_tile(gathered: bool, rows: int, columns: int, dtype: torch.dtype, gpu: 
         num_stages=stages,
     )
     if _multiplies_by_warp(gpu):
-        # Two blocks of 4 warps hide each other's waits. An H100 that ran the code for sm_80 took 4.0 ms for the four
-        # products of a Qwen3-30B-A3B step, 8192 tokens, and 5.3 with one block of 8. 64 deep 3 % less; but it spills
-        # up to 176 bytes a thread, and two such blocks do not fit into the shared memory of sm_86 and sm_89.
-        depth = 32 if rows >= 128 else depth
-        rule = replace(rule, block_k=depth, num_warps=4, programs_per_processor=2)
+        # Two blocks of 4 warps hide each other's waits: an H100 that ran the code for sm_80 took 4.0 ms for the four
+        # products of a Qwen3-30B-A3B step, 8192 tokens, and 5.3 with one block of 8. 64 deep 5 % less, where the two
+        # have room (not on sm_86 and sm_89 at 128 rows).
+        fit = 2 * (stages - 1) * (rows + rule.block_n) * depth * dtype.itemsize <= gpu.shared_memory
+        rule = replace(rule, block_k=depth if fit else depth // 2, num_warps=4, programs_per_processor=2)
     if dtype.itemsize > 2 and gpu.architecture.startswith("sm_"):
         # Products of single numbers, whose operands wait in registers: 128 columns and 32 deep spilled 5 to 6.5 KB a
         # thread, and a step of 1024 tokens of Qwen3-30B-A3B took an H200 337 ms.
