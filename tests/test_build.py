@@ -105,6 +105,7 @@ def snapshot(folder):
 def git(root, *arguments):
     who = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # who signs commits has no key of t's
     command = ["git", *who, *arguments]
     return subprocess.run(
         command, cwd=root, env=environment, check=True, capture_output=True, text=True
