@@ -72,10 +72,10 @@ def test_sizes_and_strides(kernel, device, rows, units):
         "transposed": dense.T.contiguous().T,
     }
     results = []
-    for h in (dense, *views.values()):
+    for h, grad in ((dense, da), *((view, da.T.contiguous().T) for view in views.values())):
         leaf = h.detach().requires_grad_()
         a = kernel.activate(leaf)
-        results.append((a, *torch.autograd.grad(a, leaf, da.T.contiguous().T)))
+        results.append((a, *torch.autograd.grad(a, leaf, grad)))
     for a, dh in results:
         assert a.shape == (rows, units) and dh.shape == dense.shape
         assert_close({"a": (a, results[0][0]), "dh": (dh, results[0][1])}, 1e-6)
