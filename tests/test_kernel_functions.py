@@ -205,6 +205,18 @@ def test_rows_of_no_expert_are_zeros(kernel, device, y_grouped):
 
 
 @every_device
+def test_choices_of_no_expert_are_not_read(kernel, device):
+    """Whatever memory and weights hold there: they are not multiplied by zero, which NaN and Inf survive."""
+    ids = torch.tensor([[0, -1], [E, 1]], device=device)
+    y, weights = torch.full((4, N), float("nan"), device=device), torch.full((4,), float("inf"), device=device)
+    y[[0, 3]], weights[[0, 3]] = torch.randn(2, N, device=device), torch.tensor([0.5, 2.0], device=device)
+    out = torch.empty(2, N, device=device)
+    run = inner(kernel, "backend").of(y)
+    run.combine(y, weights, out, fan_out=2, expert_ids=ids.flatten(), num_experts=E)
+    assert torch.equal(out, y[[0, 3]] * weights[[0, 3], None])
+
+
+@every_device
 def test_no_rows(kernel, device):
     ids = torch.empty(0, dtype=torch.int64, device=device)
     offsets, W = torch.zeros(E, dtype=torch.int64, device=device), torch.randn(E, K, N, device=device)

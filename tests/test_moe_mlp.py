@@ -158,6 +158,24 @@ def test_own_activation_in_float32(kernel, device):
 
 
 @every_device
+def test_dtypes_around_own_functions(kernel, device):
+    """They get the weights' dtype and may return another; the output has the input's, and so has its gradient."""
+    case = Case(9, 16, 8, 3, 2, 2, dtype=torch.float16, adapter_dtype=torch.float32, has_gate=False)
+    arguments, _ = case.layer(kernel, device)
+    arguments["hidden_states"] = x = arguments["hidden_states"].detach().float().requires_grad_()
+    given = []
+
+    def in_float32(y):
+        given.append(y.dtype)
+        return y.float().tanh()
+
+    out = kernel.moe_mlp(**arguments | {"activation": in_float32, "expert_norm": in_float32})
+    out.sum().backward()
+    assert given == [torch.float16] * 2 and out.dtype == x.grad.dtype == torch.float32
+    assert kernel.moe_mlp(**arguments | {"activation": in_float32}).dtype == torch.float32
+
+
+@every_device
 @pytest.mark.parametrize("pattern", ["hot", "empty"])
 @pytest.mark.parametrize("size", [(130, 40, 24, 5, 2, 4), (500, 40, 24, 16, 1, 4)], ids=str)
 def test_routing_patterns(kernel, device, dtype, size, pattern):
@@ -216,6 +234,21 @@ def test_adapter_dtype(kernel, device, adapter_dtype):
     # The adapter is rounded to the base's dtype, as PEFT's own merge rounds it; bfloat16 gradients are rounded again.
     bound = 1.5e-3 if adapter_dtype == torch.float32 else 4e-3
     assert_close({name: (got[name], want[name]) for name in want}, bound)
+
+
+@every_device
+def test_a_bias_that_all_but_cancels(kernel, device):
+    """The gradient of a routing weight is then little of two sums: it is rounded once, after they are added."""
+    case = Case(1, 40, 24, 1, 1, 0, dtype=torch.float32, has_bias=True, seed=1)
+    case.tensors["down_proj_bias"].zero_()
+    arguments, _ = case.layer(kernel, reference=True)
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    y = kernel.reference.moe_mlp(**arguments | {"top_k_weights": ones}).detach()
+    case.tensors["down_proj_bias"] = (-0.99 * y).float().double()
+    arguments, _ = case.layer(kernel, device)
+    arguments["top_k_weights"] = weights = ones.to(device, torch.bfloat16).requires_grad_()
+    kernel.moe_mlp(**arguments).backward(case.grad.to(device, torch.float32))
+    assert relative_error(weights.grad, (0.01 * y * case.grad).sum()[None, None]) < 4e-3
 
 
 @every_device

@@ -395,7 +395,8 @@ def test_opcheck_route(kernel, size):
 @pytest.mark.parametrize("lora, bias", [(False, False), (True, False), (True, True)])
 def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
     ops = inner(kernel, "ops")
-    case = Case(7, 12, 10, 3, 2, 4 if lora else 0, dtype=torch.float32, has_bias=bias)
+    is_transposed = strides == "strided"
+    case = Case(7, 12, 10, 3, 2, 4 if lora else 0, dtype=torch.float32, has_bias=bias, is_transposed=is_transposed)
     x = {name: tensor.float() for name, tensor in case.tensors.items()}
     x |= {name: x[name].to(other_dtype) for name in ("hidden_states", "down_A", "top_k_weights") if name in x}
     if strides == "strided":  # transposed in memory, as PEFT's B and gpt_oss-like weights are
@@ -410,7 +411,7 @@ def test_opcheck_moe_mlp(kernel, lora, bias, other_dtype, strides):
     order += ("gate_up_A", "gate_up_B", "down_A", "down_B", "top_k_weights")
     tensors = [x.get(name) for name in order]
     seed = torch.tensor([5]) if bias else None
-    flags = (0.5, 2.0, False, True, True, "silu", 0.0 if seed is None else 0.3)
+    flags = (0.5, 2.0, is_transposed, True, True, "silu", 0.0 if seed is None else 0.3)
     given_index = (case.top_k_index, seed)
     given = [tensor is not None for tensor in tensors]
     for needs in ([], given):

@@ -31,7 +31,8 @@ EXPERTS_OWN = (
 
 
 def experts_case(dtype: torch.dtype = torch.float32, **options) -> Case:
-    return Case(T, H, I, E, k, r, dtype=dtype, has_bias=True, **options)
+    is_concatenated = dtype == torch.float32  # gate and up are loaded one way or the other
+    return Case(T, H, I, E, k, r, dtype=dtype, has_bias=True, is_concatenated=is_concatenated, **options)
 
 
 def differing(got: Tensor, want: Tensor) -> set[int]:
