@@ -4,6 +4,7 @@ Most tests publish the small kernel of test_build.py in this process. The last o
 maintainer does and use it as strangers do, each in a process of its own with HF_ENDPOINT set.
 """
 
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/scattermoe-lora"
 
 pytest.importorskip("griffe", reason="the publishing script needs what requirements-dev.txt has")
+import huggingface_hub  # noqa: E402
 from huggingface_hub import HfApi  # noqa: E402
 
 import build as build_script  # noqa: E402
@@ -566,7 +568,7 @@ def published(real, tmp_path_factory):
         release(real, 2, "## 2.0.0 - 2026-02-01\n\n## 1.0.0 - 2026-01-01\n")
         commit_and_build(real)
         git(real, "tag", "v2.0.0")
-        assert command(real, hub, home).returncode == 0
+        publish(real, hub)
         yield hub
 
 
@@ -589,16 +591,9 @@ def use(version, **options):
 """
 
 
-def test_get_kernel_from_an_empty_cache(published, tmp_path):
-    told = python(published, tmp_path, f"{USE}\nprint(use(1)[0].__file__)")
-    head = published.repositories[REPO].heads["v1"]
-    path = Path(told.strip())
-    assert path.parent == tmp_path / "hub/kernels--org--scattermoe-lora/snapshots" / head / "build/torch-cpu"
-    assert not (path.parents[1] / "torch-cuda").exists()
-
-
 def test_two_versions_in_one_process(published, tmp_path):
-    python(
+    """From an empty cache: what is there then is this variant, of these commits."""
+    told = python(
         published,
         tmp_path,
         f"""{USE}
@@ -610,8 +605,14 @@ names = torch._C._dispatch_get_all_op_names()
 ops = [{{name.partition("::")[2] for name in names if name.startswith(f"{{id}}::")}} for id in ids.values()]
 assert ops[0] == ops[1] and ops[0], ops
 assert torch.equal(use(1)[1], out)
+print(first.__file__, second.__file__, sep="\\n")
 """,
     )
+    heads = published.repositories[REPO].heads
+    for version, path in zip(("v1", "v2"), map(Path, told.splitlines()), strict=True):
+        snapshot = tmp_path / "hub/kernels--org--scattermoe-lora/snapshots" / heads[version]
+        assert path.parent == snapshot / "build" / "torch-cpu"
+        assert not (snapshot / "build" / "torch-cuda").exists()
 
 
 def test_the_layers_are_found_by_a_mapping(published, tmp_path):
@@ -669,15 +670,14 @@ assert block.input_linear.weight.grad.abs().sum() > 0
 
 
 def test_kernels_versions_and_info(published, tmp_path):
-    kernels = str(Path(sys.executable).with_name("kernels"))
-    told = run(published, tmp_path, kernels, "versions", REPO)
-    assert told.returncode == 0, told.stderr
-    first, second = re.split("Version 2:", told.stdout)
+    code = "from kernels.cli import main\n"
+    for arguments in (["versions", REPO], ["info", REPO, "--json"]):
+        code += f"sys.argv = ['kernels', *{arguments}]\nmain()\nprint('=')\n"
+    versions, info, _ = python(published, tmp_path, f"import sys\n{code}").split("=\n")
+    first, second = re.split("Version 2:", versions)
     for text in (first.partition("Version 1:")[2], second):
         assert "torch-cpu compatible, preferred" in text and "torch-cuda: " in text
-    told = run(published, tmp_path, kernels, "info", REPO, "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout) == {
+    assert json.loads(info) == {
         "repo_id": REPO,
         "revision": "v2",
         "name": "scattermoe-lora",
@@ -729,22 +729,35 @@ def test_offline_after_a_snapshot(published, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1"}
     done = run(published, tmp_path, sys.executable, "-c", f"{USE}\nuse(1)", **offline)
     assert done.returncode == 1 and "not available in the local cache" in done.stderr
-    snapshot = f"snapshot_download({REPO!r}, repo_type='kernel', revision='v1')"
-    python(published, tmp_path, f"from huggingface_hub import snapshot_download\n{snapshot}")
+    api = HfApi(endpoint=published.url, token=False)
+    api.snapshot_download(REPO, repo_type="kernel", revision="v1", cache_dir=tmp_path / "hub")
     requests = len(published.requests)
     python(published, tmp_path, f"{USE}\nuse(1)", **offline)
     assert len(published.requests) == requests
 
 
+@pytest.fixture
+def main(source, hub, monkeypatch, capsys):
+    """The command in this process, with a token or none: its exit code, and what it wrote."""
+
+    def call(*arguments, token=Hub.token):
+        api = functools.partial(HfApi, endpoint=hub.url, token=token or False)
+        monkeypatch.setattr(publish_script, "HfApi", api)
+        monkeypatch.setattr(publish_script, "ROOT", source)
+        return publish_script.main(arguments), *capsys.readouterr()
+
+    return call
+
+
 @pytest.mark.parametrize(
-    ("repo_id", "offline", "expected"), [("bad id", "0", "bad id"), ("org/other", "1", "offline mode is enabled")]
+    ("repo_id", "offline", "expected"), [("bad id", False, "bad id"), ("org/other", True, "offline mode is enabled")]
 )
-def test_a_name_that_is_none_and_no_network_are_told(published, real, tmp_path, repo_id, offline, expected):
-    script = str(real / "scripts" / "publish.py")
-    done = run(published, tmp_path, sys.executable, script, "--dry-run", "--repo-id", repo_id, HF_HUB_OFFLINE=offline)
-    assert (done.returncode, done.stdout) == (1, "")
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and expected in last and "Traceback" not in done.stderr
+def test_a_name_that_is_none_and_no_network_are_told(main, monkeypatch, repo_id, offline, expected):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    code, printed, told = main("--dry-run", "--repo-id", repo_id)
+    assert (code, printed) == (1, "")
+    last = told.splitlines()[-1]
+    assert last.startswith("error: ") and expected in last
 
 
 @pytest.mark.parametrize(
@@ -754,9 +767,9 @@ def test_a_name_that_is_none_and_no_network_are_told(published, real, tmp_path, 
         ("hf_reader", ["does not let you write to org/other", "use a token that may write there, or --create-pr"]),
     ],
 )
-def test_who_may_not_publish_is_told(published, real, tmp_path, token, expected):
-    done = command(real, published, tmp_path, "--repo-id", "org/other", token=token)
-    assert (done.returncode, done.stdout) == (1, "")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_who_may_not_publish_is_told(main, hub, token, expected):
+    code, printed, told = main("--repo-id", "org/other", token=token)
+    assert (code, printed) == (1, "")
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and all(text in error for text, error in zip(expected, errors, strict=True))
-    assert "Traceback" not in done.stderr and "org/other" not in published.repositories
+    assert "org/other" not in hub.repositories
