@@ -124,6 +124,7 @@ def commit(root):
 
 def test_a_variant_holds_the_package_its_namespace_and_its_metadata(kernel):
     write(kernel, "__pycache__/ops.cpython-311.pyc", "bytecode")
+    write(kernel, ".ipynb_checkpoints/ops.py", "what an editor left")
     variants = run_build(kernel)
 
     assert variants == [kernel / "build" / f"torch-{backend}" for backend in BACKENDS]
@@ -332,6 +333,10 @@ TAMPERINGS = {
     "added key": (edit_metadata(**{"kernel-depends": [{"repo-id": "a/b", "version": 1}]}), "kernel-depends is [{"),
     "other id": (other_id, "is not the op namespace of _ops.py"),
     "id of no build": (edit_metadata(id="whatever"), "does not fit the backend"),
+    "other dirtiness": (
+        edit_metadata(provenance={"kernel-builder": {"version": "1"}, "kernel": {"commit": "a" * 40, "dirty": True}}),
+        "does not fit the backend or the provenance",
+    ),
     "other provenance": (
         edit_metadata(provenance={"kernel-builder": {"version": "1"}, "kernel": {"commit": "a" * 40, "dirty": False}}),
         "the variants come from different sources",

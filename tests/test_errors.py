@@ -196,6 +196,12 @@ def test_different_devices(calls, fail, call, name):
     _assert_says(message, name, "meta", "cpu")
 
 
+def test_float64_elsewhere(calls, fail):
+    h = calls["activate"][1]["h"]
+    message = fail("activate", {"h": h.to("meta", torch.float64)}, TypeError)
+    _assert_says(message, "h", "float64, which only the CPU backend computes", "meta")
+
+
 @pytest.mark.parametrize(
     "call", ["parallel_linear_lora", "scatter2scatter_lora", "scatter2scatter_lora_dX", "group_bwd_lora"]
 )
