@@ -225,6 +225,11 @@ def test_adapters_switch_disable_and_merge(kernel, ran):
         model.unmerge_adapter()
     compare()
     for model in (stock, fused):
+        model.merge_adapter()
+    with stock.disable_adapter(), fused.disable_adapter():
+        compare()  # which unmerges
+    compare()
+    for model in (stock, fused):
         model.base_model.set_adapter(["default", "second"])
     compare()  # two at once: their factors stack along the rank
     for model in (stock, fused):
@@ -373,6 +378,19 @@ def test_hooks_on_the_experts_still_run(kernel, ran, kind):
         check_same(loss_and_grads(model, ids), want)
     assert len(seen) == 2
     assert ran.ops == {"moe_mlp_forward": 2, "moe_mlp_backward": 2} and ran.merges == 0
+
+
+def test_hooks_on_an_inner_wrapper_still_run(kernel):
+    """The outer wrapper's forward calls it then, as PEFT's does."""
+    ids = tokens()
+    model = wrap(tiny_model("mixtral"), "mixtral")
+    want = loss_and_grads(copy.deepcopy(model), ids)
+    kernel.kernelize(model)
+    seen = []
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.experts.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    check_same(loss_and_grads(model, ids), want)
+    assert len(seen) == 2
 
 
 def test_hooks_with_another_experts_implementation(kernel, ran):
