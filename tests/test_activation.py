@@ -52,12 +52,17 @@ def test_at_the_limit(kernel, device):
 
 
 @every_device
-def test_the_gradient_at_nan(kernel, device):
-    """It is NaN where torch's own is: a zero would hide it from every weight's gradient."""
-    for name in ("silu", "gelu", "gelu_tanh", "relu2"):
+def test_at_nan(kernel, device):
+    """Value and gradient are NaN where torch's own are: a zero would hide it from all that follows."""
+    for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         leaf = torch.tensor([[float("nan"), 1.0]], device=device).requires_grad_()
-        (dh,) = torch.autograd.grad(kernel.activate(leaf, name, has_gate=False).sum(), leaf)
-        assert dh.isnan().tolist() == [[True, False]], name
+        a = kernel.activate(leaf, name, has_gate=False)
+        (dh,) = torch.autograd.grad(a.sum(), leaf)
+        assert a.isnan().tolist() == [[True, False]], name
+        assert dh.isnan().tolist() == [[name != "relu", False]], name
+    clamped = kernel.reference.clamped_glu(1.0, 2.0, 0.0)
+    for h in ([float("nan"), 1.0], [1.0, float("nan")]):
+        assert kernel.activate(torch.tensor([h], device=device), clamped).isnan().all()
 
 
 @every_device

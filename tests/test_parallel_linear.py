@@ -449,6 +449,16 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)
 
 
+def test_what_tma_can_read(kernel):
+    can_read, memory = inner(kernel, "operands").tma_can_read, torch.zeros(1024, dtype=torch.float16)
+    dense = memory[:512].view(4, 8, 16)
+    assert can_read(dense, 2) and can_read(dense.mT, 1) and not can_read(dense, 1)
+    assert not can_read(memory[1:513].view(4, 8, 16), 2), "a base that is not aligned"
+    assert not can_read(memory[:480].view(4, 8, 15)[..., :8], 2), "rows that are not"
+    assert not can_read(dense[:1].expand(4, 8, 16), 2), "a stride of 0"
+    assert not can_read(dense[:0], 2)
+
+
 @every_device
 @pytest.mark.parametrize("E, N, r", [(3, 40, 16), (1, 5, 3), (37, 130, 64), (8, 2000, 4), (5, 24, 40)])
 def test_factors_are_copied_only_where_the_kernels_can_not_read_them(kernel, device, E, N, r):

@@ -532,6 +532,18 @@ def test_another_gate(kernel, what, family, when, monkeypatch):
     check_same(loss_and_grads(model, ids), want)
 
 
+def test_torchs_gelu_is_either(kernel):
+    """One class of two formulas, of which the other is 1e-3 off."""
+    ids = tokens()
+    for approximate, name in (("none", "gelu"), ("tanh", "gelu_tanh")):
+        model = tiny_model("mixtral", num_hidden_layers=1)
+        model.model.layers[0].mlp.experts.act_fn = torch.nn.GELU(approximate=approximate)
+        want = loss_and_grads(copy.deepcopy(model), ids)
+        (switched,) = kernel.kernelize(model).switched
+        assert switched.activation == name
+        check_same(loss_and_grads(model, ids), want)
+
+
 @pytest.mark.parametrize("case", ["before PEFT", "two adapters", "own activation"])
 def test_compiles_whole(kernel, case):
     """Without a graph break, whatever the order, and where the factors are viewed by expert."""
@@ -722,6 +734,22 @@ def test_layer_for_blocks(mapped, ran, family, with_peft):
     with ran:
         check_same(loss_and_grads(model, ids), want)
     assert ran.ops["moe_mlp_forward"] == moe_layers(model) and ran.merges == 0
+
+
+def test_jitter_of_a_block(mapped):
+    """The block's own noise, in train mode only; it works on its input in place, as transformers' does."""
+    block = tiny_model("mixtral", router_jitter_noise=0.2).model.layers[-1].mlp
+    x = torch.randn(2, 5, 32)
+
+    def run(training):
+        torch.manual_seed(0)
+        return block.train(training)(x.clone())
+
+    want = run(True), run(False)
+    assert not torch.allclose(*want, rtol=0.01)
+    mapped(block, {type(block): "HFScatterMoEGatedMLP"})
+    for training, value in zip((True, False), want, strict=True):
+        assert_close({"block": (run(training), value)}, BOUND)
 
 
 @pytest.mark.parametrize("lora", ["none", "own", "peft"])
