@@ -274,6 +274,7 @@ def _module(kernel, bias: bool = True, lora: bool = True):
 def test_parallel_experts(kernel, device, bias, lora):
     """The module is the function of its own parameters, and all of them get their gradients."""
     module = _module(kernel, bias, lora).to(device)
+    assert 0.019 < module.weight.std() < 0.021
     assert set(dict(module.named_parameters())) == {
         "weight",
         *(["bias"] if bias else []),

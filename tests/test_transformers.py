@@ -637,6 +637,7 @@ def test_parallel_experts_below_a_switched_block(mapped, by_expert):
             seen.append(1)
             return original(*args)
 
+        # That of others is called in any case.
         parallel_forward.__module__ = "transformers.distributed.tensor_parallel"
         experts.forward = parallel_forward
     check_same(loss_and_grads(model, ids), want)
@@ -809,3 +810,10 @@ def test_layer_for_granite_style_blocks(kernel, mapped, ran, lora):
     pairs = {str(i): pair for i, pair in enumerate(zip(grads, want_grads, strict=True))}
     assert_close({"output": (got, want), **pairs}, BOUND)
     assert ran.ops["moe_mlp_forward"] == 1
+    if lora == "peft":
+        block.input_linear.base_layer.set_lora(torch.randn(18, 20), torch.randn(24, 18))
+        with pytest.raises(ValueError, match="both PEFT's LoRA and its own"):
+            block(x)
+        block.input_linear.parameter_name = "bias"
+        with pytest.raises(ValueError, match="can't fuse LoRA on bias, only on weight"):
+            block(x)
