@@ -139,6 +139,11 @@ def test_compiles_without_a_graph_break(kernel):
         assert torch.equal(got, want)
 
 
+def test_a_gate_of_its_own_needs_one(kernel):
+    with pytest.raises(ValueError, match="activation must be one of identity, .*, relu2, got 'clamped_glu"):
+        kernel.activate(torch.randn(3, 4), kernel.reference.clamped_glu(1.0, 2.0, 0.0), has_gate=False)
+
+
 def test_double_backward_is_refused(kernel):
     h = torch.randn(5, 12, requires_grad=True)
     assert_differentiable_once(kernel.activate(h), [h])

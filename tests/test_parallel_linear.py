@@ -450,6 +450,14 @@ def test_opcheck_parallel_linear(kernel, layout, other_dtype, strides):
         torch.library.opcheck(ops.parallel_linear_backward, arguments, test_utils=OPCHECKS)
 
 
+@every_device
+def test_strided_indices(kernel, device):
+    case = Linear(23, 2, 5, 4, 40, 25, torch.float32, "gates")
+    indices = case.routing(kernel, device)
+    case.routing = lambda kernel, device: {name: torch.stack([t, t], 1)[:, 0] for name, t in indices.items()}
+    case.check(kernel, device)
+
+
 def test_what_tma_can_read(kernel):
     can_read, memory = inner(kernel, "operands").tma_can_read, torch.zeros(1024, dtype=torch.float16)
     dense = memory[:512].view(4, 8, 16)
