@@ -147,6 +147,19 @@ def test_a_variant_holds_the_package_its_namespace_and_its_metadata(kernel):
     assert run_check(kernel) == []
 
 
+def test_metadata_names_dependencies_and_architectures(kernel):
+    toml = kernel / "build.toml"
+    general = '[general]\npython-depends = ["einops"]\ncuda.python-depends = ["nvidia-cutlass-dsl"]\n'
+    text = toml.read_text().replace("[general]\n", general)
+    toml.write_text(text + 'cuda_capabilities = ["9.0"]\nrocm_archs = ["gfx942"]\n')
+    run_build(kernel)
+    found = [read_metadata(kernel, backend) for backend in BACKENDS]
+    depends = {"cuda": ["einops", "nvidia-cutlass-dsl"]}
+    archs = {"cuda": ["9.0"], "rocm": ["gfx942"]}
+    assert [content["python-depends"] for content in found] == [depends.get(b, ["einops"]) for b in BACKENDS]
+    assert [content["backend"].get("archs") for content in found] == [archs.get(backend) for backend in BACKENDS]
+
+
 def test_the_card_and_the_benchmarks_stand_beside_the_variants(kernel):
     run_build(kernel)
     card = (kernel / "build" / "CARD.md").read_text()
