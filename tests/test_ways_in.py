@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
 import warnings
@@ -457,12 +458,15 @@ def test_a_forward_of_a_class_stays(kernel, monkeypatch):
         kernel.kernelize(tiny_model("mixtral"))
 
 
+@pytest.mark.parametrize("is_hooked", [False, True])
 @pytest.mark.parametrize("where", ["experts", "wrapper"])
-def test_another_forward_of_experts_stays(kernel, where):
-    """Such as Liger's, put on an instance."""
+def test_another_forward_of_experts_stays(kernel, where, is_hooked):
+    """Such as Liger's, put on an instance; also over a hook of accelerate, as ``device_map`` puts on every module."""
     model = wrap(tiny_model("mixtral"), "mixtral")
     wrapper = model.base_model.model.model.layers[0].mlp.experts
     module = wrapper if where == "wrapper" else wrapper.get_base_layer()
+    if is_hooked:
+        add_hook_to_module(module, ModelHook())
 
     def other(self, *args):
         return torch.zeros_like(args[0])
@@ -588,6 +592,36 @@ def test_a_hook_of_accelerate_on_the_wrapper(kernel, ran, first):
     assert step() == (0, 0, True)
     kernel.kernelize(model)
     assert step() == (0, 2, False)
+
+
+def test_a_hook_that_was_taken_off_leaves_the_wrapper_to_be_fused(kernel, ran):
+    """Its class's own forward lies on it then; the model was kernelized before PEFT, and has not run since."""
+    model = tiny_model("mixtral")
+    kernel.kernelize(model)
+    model = wrap(model, "mixtral")
+    for layer in model.base_model.model.model.layers:
+        remove_hook_from_module(add_hook_to_module(layer.mlp.experts, ModelHook()))
+    with ran:
+        model(input_ids=tokens())
+    assert ran.ops["moe_mlp_forward"] == 2 and not ran.merges
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_what_decorates_the_wrappers_forward_stays(kernel, is_hooked):
+    wrapper = wrap(tiny_model("mixtral"), "mixtral").base_model.model.model.layers[0].mlp.experts
+    own, calls = wrapper.forward, []
+
+    @functools.wraps(own)
+    def counted(*args):
+        calls.append(1)
+        return own(*args)
+
+    wrapper.forward = counted
+    if is_hooked:
+        add_hook_to_module(wrapper, ModelHook())
+    kernel.kernelize(wrapper)
+    wrapper(torch.randn(4, 32), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
+    assert calls == [1]
 
 
 def test_what_kernels_falls_back_to_is_no_other(kernel, mappings, ran):

@@ -86,8 +86,12 @@ def dispatches(experts: Any) -> bool:
 
 
 def forward_slot(module: nn.Module) -> str:
-    """The attribute for a module's ``forward``: accelerate's hook takes that name, and calls what it put aside."""
-    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+    """The attribute for a module's ``forward``: accelerate's hook takes that name, and calls what it put aside.
+
+    What was put over the hook since does not call it.
+    """
+    hooked = "_hf_hook" in vars(module) and getattr(vars(module).get("forward"), "func", None)
+    return "_old_forward" if hooked and _module_of(hooked) == "accelerate.hooks" else "forward"
 
 
 def put_forward(module: nn.Module) -> Any:

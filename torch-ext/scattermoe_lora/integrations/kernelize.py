@@ -254,8 +254,6 @@ def _switch(modules: dict[str, Any], name: str, outer_name: str, activation: obj
     """Switches one experts module, its PEFT wrappers if it has any, and sees to wrappers that come later."""
     experts, outer = modules[name], modules[outer_name]
     experts.config._experts_implementation = {"": IMPLEMENTATION}  # of this config, not of those inside it
-    if getattr(outer.__dict__.get("forward"), "__func__", None) is type(outer).forward:
-        del outer.forward  # its class's own, put there by `kernels` where it has nothing better
     fuse_wrapper(outer)
     if outer_name:
         parent, attribute = modules[_parent(outer_name)], outer_name.rpartition(".")[2]
@@ -276,7 +274,8 @@ def fuse_wrapper(module: Any) -> None:
     if not is_param_wrapper(module):
         return
     slot = forward_slot(module)
-    if slot not in vars(module) or (slot != "forward" and put_forward(module) is None):
+    # Its class's own is there under a hook, after one that was taken off, and where `kernels` has nothing better.
+    if slot not in vars(module) or getattr(vars(module)[slot], "__func__", None) is type(module).forward:
         setattr(module, slot, _FusedForward(module))
 
 
