@@ -199,7 +199,7 @@ def shrink_gram_tile(left: int, right: int, dtype: torch.dtype, gpu: Gpu) -> Til
     rule = Tile(
         block_m=min(128 if _is_rdna(gpu) else 256, max(16, next_power_of_2(left))),
         block_n=max(16, next_power_of_2(right)),
-        block_k=depth,  # 64 spilled 136 bytes a thread for sm_80
+        block_k=depth,
         num_warps=4,
         num_stages=stages,
     )
