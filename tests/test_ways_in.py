@@ -515,6 +515,10 @@ def test_experts_of_another_kind_are_named(kernel):
     llama = nn.ModuleDict({"experts": Llama4TextExperts(Llama4TextConfig(hidden_size=8, intermediate_size=8))})
     with pytest.raises(ValueError, match="experts: Llama4TextExperts takes no experts implementation"):
         kernel.kernelize(llama)
+    # Experts that every token has are not meant.
+    model = tiny_model("mixtral")
+    model.model.layers[0].mlp.shared_experts = type("InklingSharedExperts", (nn.Module,), {})()
+    assert not kernel.kernelize(model).left
 
 
 @integrated

@@ -220,7 +220,8 @@ def _parent(name: str) -> str:
 def _looks_like_experts(module: nn.Module) -> bool:
     """Whether a module is called experts, as Llama 4's and those that MXFP4 puts in the place of gpt-oss's, or has an
     expert stack and takes ids and weights."""
-    if type(module).__name__.endswith("Experts"):
+    name = type(module).__name__
+    if name.endswith("Experts") and not name.endswith("SharedExperts"):  # which every token has
         return True
     weight = module._parameters.get("down_proj")
     stacked = isinstance(weight, Tensor) and weight.dim() == 3
@@ -297,6 +298,16 @@ class _FusedForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> _FusedForward:
         return _FusedForward(copy.deepcopy(self.wrapper(), memo))
 
+    def __reduce__(self) -> NoReturn:
+        _refuse_to_pickle()
+
+
+def _refuse_to_pickle() -> NoReturn:
+    raise PicklingError(
+        "scattermoe-lora: a kernelized model can't be pickled: it holds functions of a kernel, which each process "
+        "loads under a name of its own. Save adapters or weights by save_pretrained, or unkernelize(model) first"
+    )
+
 
 @dataclass(frozen=True)
 class _FuseLater:
@@ -314,7 +325,4 @@ class _FuseLater:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise PicklingError(
-            "scattermoe-lora: a kernelized model can't be pickled: it holds functions of a kernel, which each process "
-            "loads under a name of its own. Save adapters or weights by save_pretrained, or unkernelize(model) first"
-        )
+        _refuse_to_pickle()
