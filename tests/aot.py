@@ -37,7 +37,8 @@ PACKAGE = "scattermoe_lora_aot"
 # for sm_80 took 5 % less than with none (Triton 3.6, twice as deep). Such a few come and go with the compiler's
 # version; a kernel that has no registers left spills hundreds of bytes a thread to thousands.
 SPILL_LIMIT = 32 * 1024
-# A load of a single 16-bit number.
+# Loads of a single 16-bit number that a product may have: of 16 rows of 16 ranks a thread of AMD's has one.
+NARROW_LIMIT = 4
 NARROW_LOAD = r"\bld\.global(?!\S*\.v\d)\S*\.b16\b|(?:global|buffer)_load_(?:ushort|u16|short_d16|d16(?:_hi)?_b16)\b"
 # NVIDIA's warp group instructions multiply 64 rows or more; fewer go to the warp's own, on every generation.
 WARP_GROUP_ROWS = 64
@@ -137,7 +138,7 @@ class Compiled:
             if self.waits and self.kernel.startswith("hopper"):
                 found.append(f"{self.waits} waits between products that should follow one another")
             # Triton makes a descriptor's load these where a GPU has no TMA: a step then took 47 ms for 6.3.
-            if self.kernel == "grouped_gemm" and self.narrow:
+            if self.kernel == "grouped_gemm" and self.narrow > NARROW_LIMIT:
                 found.append(f"{self.narrow} loads of single numbers")
             # What a narrow gram stores is small, or read by the next kernel.
             if self.kept and self.kernel.startswith(("hopper_gemm", "hopper_gram")):
