@@ -547,6 +547,8 @@ def test_torchs_gelu_is_either(kernel):
 @pytest.mark.parametrize("case", ["before PEFT", "two adapters", "own activation"])
 def test_compiles_whole(kernel, case):
     """Without a graph break, whatever the order, and where the factors are viewed by expert."""
+    if case == "before PEFT" and torch.__version__ < "2.13":
+        pytest.skip("where a forward is put on a module while it is traced, torch 2.11 traces its class's")
     ids = tokens()
     model = tiny_model("mixtral", num_hidden_layers=1)
     if case == "own activation":

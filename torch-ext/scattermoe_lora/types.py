@@ -118,7 +118,8 @@ class ExpertLoRA:
         _check_factors(lora_A, lora_B, num_experts)
         check_scaling("ExpertLoRA", scaling)
         lora = object.__new__(cls)
-        lora.__dict__.update(_peft=(lora_A, lora_B, num_experts), scaling=scaling)
+        object.__setattr__(lora, "_peft", (lora_A, lora_B, num_experts))
+        object.__setattr__(lora, "scaling", scaling)
         return lora
 
     def __getattr__(self, name: str) -> Tensor:
