@@ -172,9 +172,13 @@ def _grouped_gemm_kernel(
             )  # fmt: skip
 
 
+def _tma_reads(tensor: Tensor, contiguous: int) -> bool:
+    return has_tma(gpu(tensor).architecture) and tma_can_read(tensor, contiguous)
+
+
 def _x_operand(x: Tensor, x_fan_out: int, tile: tiles.Tile) -> TensorDescriptor | None:
     """x for TMA, if its rows are grouped and it can be read so; gathered ones are read by pointer."""
-    if x_fan_out == 0 and has_tma(gpu(x).architecture) and tma_can_read(x, 1):
+    if x_fan_out == 0 and _tma_reads(x, 1):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k])
     return None
 
@@ -183,11 +187,9 @@ def _w_operand(weight: Tensor, tile: tiles.Tile) -> tuple[Any, str]:
     """The weight ``[E, K, N]`` as the kernel takes it: by TMA whichever of K and N is contiguous, else by pointer."""
     E, K, N = weight.shape
     stride_e, stride_k, stride_n = weight.stride()
-    if not has_tma(gpu(weight).architecture):
-        return weight, ""
-    if tma_can_read(weight, 1):
+    if _tma_reads(weight, 1):
         return TensorDescriptor(weight, [E, N, K], [stride_e, stride_n, 1], [1, tile.block_n, tile.block_k]), "k"
-    if tma_can_read(weight, 2):
+    if _tma_reads(weight, 2):
         return TensorDescriptor(weight, [E, K, N], [stride_e, stride_k, 1], [1, tile.block_k, tile.block_n]), "n"
     return weight, ""
 
