@@ -30,6 +30,19 @@ def test_descriptors_are_for_gpus_with_tma(kernel):
     assert has_tma("sm_103") and has_tma("sm_121") and has_tma("unknown")  # XPU's and the interpreter's
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "depth"), [("sm_80", 128, 64), ("sm_86", 128, 32), ("sm_89", 128, 32), ("sm_120", 64, 64)]
+)
+def test_two_blocks_share_a_processor_where_products_are_a_warps_own(kernel, name, rows, depth):
+    """One block of 8 warps took a third longer; what both hold in flight fits."""
+    tiles = inner(kernel, "tiles")
+    gpu = tiles.Gpu(name, FAMILIES[name].shared_memory, PROCESSORS)
+    for gathered in (True, False):
+        tile = tiles.gemm_tile(gathered, rows, 1536, torch.bfloat16, gpu)
+        assert (tile.block_m, tile.block_k, tile.num_warps, tile.programs_per_processor) == (rows, depth, 4, 2)
+        assert 2 * (tile.num_stages - 1) * (rows + tile.block_n) * depth * 2 <= gpu.shared_memory
+
+
 def test_a_gpu_of_intels_has_as_many_programs_as_subslices(kernel, monkeypatch):
     device = inner(kernel, "triton_kernels.device")
     properties = types.SimpleNamespace(gpu_subslice_count=128)
